@@ -1,0 +1,1 @@
+"""The model configurations of msa_openclip, one JSON file a model."""

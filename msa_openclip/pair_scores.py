@@ -1,0 +1,84 @@
+"""MSCMAT's pair stage: parameter-free scores of every image against every text at every scale (METHOD section 2).
+
+Shapes: I images, T texts, S scales, N text tokens, H heads, d width of a head, D = H d.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ImageSide(NamedTuple):
+    """What MSCMAT's fold leaves of each image; every field is batch-first."""
+
+    query: Tensor
+    """(I, S, H, d): q_h, the attention queries, already divided by sqrt(d)."""
+    readout: Tensor
+    """(I, S, H, d): u_h, what the attended value is read out with."""
+    gate: Tensor
+    """(I, S, D): g, what the global text feature is read out with."""
+    bias: Tensor
+    """(I, S): r, the part of the score that no text changes."""
+
+
+class TextSide(NamedTuple):
+    """What MSCMAT's fold leaves of each text; every field is batch-first."""
+
+    key: Tensor
+    """(T, S, N, H, d): k_nh, the attention keys."""
+    value: Tensor
+    """(T, S, N, H, d): v_nh, the attention values."""
+    feature: Tensor
+    """(T, D): t, the normalised global text feature."""
+    mask: Tensor
+    """(T, N): True where a token is attended to; a text without any such token attends to nothing."""
+
+
+def match_logits(images: ImageSide, texts: TextSide) -> Tensor:
+    """Score every image against every text at every scale (MSCMAT, METHOD section 2).
+
+        logit(s, i, t) = sum_h sum_n softmax_n(q_h(i) . k_nh(t)) (u_h(i) . v_nh(t)) + g(i) . t(t) + r(i)
+
+    Products run in the dtype of the operands, the softmax and every sum after it in float32 or better.
+
+    Args:
+        images: folded image side, I images.
+        texts: folded text side, T texts of N tokens.
+    Returns:
+        (S, I, T) logits, before any sigmoid, float32 (float64 for float64 operands).
+    Raises:
+        ValueError: the two sides were folded with different scales, heads or widths.
+    """
+    _check_sides(images, texts)
+    with torch.autocast(images.query.device.type, enabled=False):
+        scales = range(images.query.shape[1])
+        return torch.stack([_scale_logits(images, texts, scale) for scale in scales])
+
+
+def _scale_logits(images: ImageSide, texts: TextSide, scale: int) -> Tensor:
+    """Scores of one scale, (I, T); the only place where anything of size I x T x H x N exists."""
+    dtype = torch.promote_types(images.query.dtype, texts.key.dtype)
+    query, readout = images.query[:, scale].to(dtype), images.readout[:, scale].to(dtype)  # (I, H, d)
+    key, value = texts.key[:, scale].to(dtype), texts.value[:, scale].to(dtype)  # (T, N, H, d)
+    wide = torch.promote_types(dtype, torch.float32)
+    attention = torch.einsum("ihd,tnhd->ithn", query, key).to(wide)
+    blocked = ~texts.mask[:, None, :]  # (T, 1, N)
+    # A finite floor and a second masking, not -inf: a text whose tokens are all masked then adds zero, not NaN.
+    weight = attention.masked_fill(blocked, torch.finfo(wide).min).softmax(dim=-1).masked_fill(blocked, 0.0)
+    read = torch.einsum("ihd,tnhd->ithn", readout, value).to(wide)
+    attended = (weight * read).sum(dim=(-2, -1))
+    gate = images.gate[:, scale].to(dtype)
+    return attended + (gate @ texts.feature.to(dtype).T).to(wide) + images.bias[:, scale, None].to(wide)
+
+
+def _check_sides(images: ImageSide, texts: TextSide) -> None:
+    _, scales, heads, width = images.query.shape
+    text_scales, text_heads, text_width = texts.key.shape[1], texts.key.shape[3], texts.key.shape[4]
+    if (scales, heads, width) != (text_scales, text_heads, text_width):
+        raise ValueError(
+            f"image side has {scales} scales, {heads} heads of width {width}; text side has {text_scales} scales, "
+            f"{text_heads} heads of width {text_width}. Fold both sides with the same model."
+        )

@@ -1,0 +1,61 @@
+"""Packaging of msa_openclip: metadata, dependency bounds with their reasons, extras and entry points."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+
+INSTALL_REQUIRES = [
+    # create_model, create_loss and forward_intermediates are hooked as 3.3 has them; 4.x replaces create_loss.
+    "open_clip_torch>=3.3.0,<4",
+    # 2.5 is the first torch that loads the `torch.backends` entry point by which the plugin activates itself.
+    "torch>=2.5",
+    # feature_info and forward_intermediates with NLC output of every backbone used here.
+    "timm>=1.0.17",
+    # What open_clip_train imports, so that `pip install msa_openclip` is enough to train (bounds of its extra).
+    "webdataset>=0.2.86,<=0.2.86",
+    "transformers[sentencepiece]>=4.40",
+    "pandas>=2.0",
+    "braceexpand>=0.1.7",
+    "fsspec>=2024.2",
+    "pillow>=9.1",  # Image.Resampling and Image.Transpose enums
+    "numpy>=1.24",
+    "tqdm>=4.60",
+]
+
+EXTRAS = {
+    "plot": ["matplotlib>=3.7"],
+    "test": ["pytest>=8", "pytest-timeout>=2.2", "hypothesis>=6.100", "matplotlib>=3.7"],
+    # One pinned linter for hook and CI; the type checker likewise.
+    "dev": ["ruff==0.17.5", "mypy==2.4.1", "build>=1.0"],
+}
+
+setup(
+    name="msa_openclip",
+    version="0.1.0",
+    description="Multi-scale alignment (MSA) for remote sensing image-text retrieval, as a plugin for open_clip",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=["msa_openclip", "msa_openclip.model_configs", "msa_openclip.shards"],
+    package_dir={
+        "msa_openclip": "msa_openclip",
+        "msa_openclip.model_configs": "model_configs",
+        "msa_openclip.shards": "shards",
+    },
+    package_data={"msa_openclip": ["py.typed"], "msa_openclip.model_configs": ["*.json"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={
+        # torch calls every entry point of this group at the end of `import torch`.
+        "torch.backends": ["msa_openclip = msa_openclip.autoload:activate"],
+        "console_scripts": ["msa-openclip = msa_openclip.cli:main"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "License :: OSI Approved :: MIT License",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+)
