@@ -5,10 +5,14 @@ Shapes: I images, T texts, S scales, N text tokens, H heads, d width of a head, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+PairAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""query, readout (I, S, H, d), key, value (T, S, N, H, d), mask (T, N) -> (S, I, T), the sum over heads and tokens."""
 
 
 class ImageSide(NamedTuple):
@@ -53,25 +57,41 @@ def match_logits(images: ImageSide, texts: TextSide) -> Tensor:
         ValueError: the two sides were folded with different scales, heads or widths.
     """
     _check_sides(images, texts)
-    with torch.autocast(images.query.device.type, enabled=False):
-        scales = range(images.query.shape[1])
-        return torch.stack([_scale_logits(images, texts, scale) for scale in scales])
+    return logits_with(eager_attention, images, texts)
 
 
-def _scale_logits(images: ImageSide, texts: TextSide, scale: int) -> Tensor:
-    """Scores of one scale, (I, T); the only place where anything of size I x T x H x N exists."""
+def logits_with(attention: PairAttention, images: ImageSide, texts: TextSide) -> Tensor:
+    """`match_logits` by a chosen implementation of its attention term, e.g. `eager_attention`."""
     dtype = torch.promote_types(images.query.dtype, texts.key.dtype)
-    query, readout = images.query[:, scale].to(dtype), images.readout[:, scale].to(dtype)  # (I, H, d)
-    key, value = texts.key[:, scale].to(dtype), texts.value[:, scale].to(dtype)  # (T, N, H, d)
     wide = torch.promote_types(dtype, torch.float32)
+    with torch.autocast(images.query.device.type, enabled=False):
+        sides = (images.query, images.readout, texts.key, texts.value)
+        attended = attention(*(side.to(dtype) for side in sides), texts.mask)
+        gated = torch.matmul(images.gate.to(dtype).transpose(0, 1), texts.feature.to(dtype).T)  # (S, I, T)
+        return attended + gated.to(wide) + images.bias.to(wide).T[:, :, None]
+
+
+def eager_attention(query: Tensor, readout: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """The attention term as it is written, differentiable any number of times: (S, I, T).
+
+    Args:
+        query, readout: (I, S, H, d).
+        key, value: (T, S, N, H, d).
+        mask: (T, N), True where a token is attended to.
+    """
+    scales = zip(query.unbind(1), readout.unbind(1), key.unbind(1), value.unbind(1), strict=True)
+    return torch.stack([_scale_attention(*scale, mask) for scale in scales])
+
+
+def _scale_attention(query: Tensor, readout: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """One scale of `eager_attention`, (I, T); the only place where anything of size I x T x H x N exists."""
+    wide = torch.promote_types(query.dtype, torch.float32)
     attention = torch.einsum("ihd,tnhd->ithn", query, key).to(wide)
-    blocked = ~texts.mask[:, None, :]  # (T, 1, N)
+    blocked = ~mask[:, None, :]  # (T, 1, N)
     # A finite floor and a second masking, not -inf: a text whose tokens are all masked then adds zero, not NaN.
     weight = attention.masked_fill(blocked, torch.finfo(wide).min).softmax(dim=-1).masked_fill(blocked, 0.0)
     read = torch.einsum("ihd,tnhd->ithn", readout, value).to(wide)
-    attended = (weight * read).sum(dim=(-2, -1))
-    gate = images.gate[:, scale].to(dtype)
-    return attended + (gate @ texts.feature.to(dtype).T).to(wide) + images.bias[:, scale, None].to(wide)
+    return (weight * read).sum(dim=(-2, -1))
 
 
 def _check_sides(images: ImageSide, texts: TextSide) -> None:
