@@ -1,0 +1,222 @@
+"""The `msa_cfg` of a model configuration: frozen, validated dataclasses; every default of MSA stands here, once."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+Pool = Literal["max", "avg", "token", "learned"]
+Fusion = Literal["tower", "scales", "both"]
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageScale:
+    """One scale: a map of the image tower and how it is pooled to one vector z_s (METHOD 1.1)."""
+
+    stage: int
+    """Stage of a hierarchical backbone (1 is the map of stride 4) or block of a plain ViT, counted from 1."""
+    pool: Pool = "avg"
+    """`max`, `avg`: over all positions; `token`: the class token; `learned`: attention with one learned query."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTokens:
+    """Which last hidden states of the text tower MSCMAT attends to (METHOD 1.3)."""
+
+    first: bool = False
+    """Attend to the first position too ([CLS] or start of text)."""
+    padding: bool = False
+    """Attend to padding too, as the released code does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The form of the match score (METHOD 1.4)."""
+
+    form: Literal["logit", "sigmoid"] = "logit"
+    """What losses and rankings see: the logit, or its sigmoid as in the released code."""
+    gate: Literal["normalised", "plain"] = "normalised"
+    """The image vector that gates the attended text: LN_img(m), or m itself as in the released code."""
+    temperature: float | None = 0.07
+    """Start of a learned temperature per scale; null leaves the scale of the logits to w_s, as in the released code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Terms of `MSALoss` with their weights (METHOD 1.5); without match and consistency there is no MSCMAT."""
+
+    global_term: Literal["infonce", "triplet"] = "infonce"
+    global_weight: float = 1.0
+    margin: float = 0.5
+    """Of the triplet term, in cosine."""
+    match_weight: float = 0.25
+    """Of the cross-entropy summed over scales."""
+    match_directions: Literal["both", "image_to_text"] = "both"
+    consistency: Literal["rows", "released"] = "rows"
+    """`rows`: KL(teacher || student) a query; `released`: KL(student || teacher), averaged over all pairs."""
+    consistency_weight: float = 0.25
+    consistency_temperature: float = 1.0
+    identical_captions: bool = True
+    """Captions of a batch with the same token ids are positives of each other's images, not negatives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """How the fused ranking combines cosine and match scores: global_weight cos + match_weight mean over scales."""
+
+    global_weight: float | None = None
+    """Null: the model's logit scale, so that both parts are logits."""
+    match_weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MSACfg:
+    """All of MSA's settings, the `msa_cfg` of a model configuration."""
+
+    image_scales: tuple[ImageScale, ...]
+    """Shallow to deep; the last one is the teacher of the consistency term."""
+    base: str | None = None
+    """open_clip model of the same towers, whose pretrained tags this model accepts."""
+    width: int | None = None
+    """Width D of MSCMAT; null: embed_dim."""
+    heads: int = 8
+    fusion: Fusion = "both"
+    """Global image feature: the tower's own, the gated sum of scales (METHOD 1.2), or the tower's plus the scales'."""
+    text_tokens: TextTokens = field(default_factory=TextTokens)
+    score: Score = field(default_factory=Score)
+    loss: Loss = field(default_factory=Loss)
+    ranking: Ranking = field(default_factory=Ranking)
+
+    def __post_init__(self) -> None:
+        _require(len(self.image_scales) > 0, "image_scales", "[]", "at least one scale")
+        for position, scale in enumerate(self.image_scales):
+            _require(scale.stage >= 1, f"image_scales[{position}].stage", scale.stage, "1 or more")
+        stages = [scale.stage for scale in self.image_scales]
+        _require(stages == sorted(stages), "image_scales", stages, "stages ordered from shallow to deep")
+        _require(self.width is None or self.width > 0, "width", self.width, "a positive number or null")
+        _require(self.heads > 0, "heads", self.heads, "a positive number")
+        if self.width is not None:
+            check_heads(self.width, self.heads)
+        temperature = self.score.temperature
+        _require(temperature is None or temperature > 0, "score.temperature", temperature, "a positive number or null")
+        for name in ("global_weight", "match_weight", "consistency_weight", "margin"):
+            _require(getattr(self.loss, name) >= 0, f"loss.{name}", getattr(self.loss, name), "0 or more")
+        consistency_temperature = self.loss.consistency_temperature
+        _require(consistency_temperature > 0, "loss.consistency_temperature", consistency_temperature, "more than 0")
+        total = self.loss.global_weight + self.loss.match_weight + self.loss.consistency_weight
+        _require(total > 0, "loss", "all weights 0", "at least one term with a weight")
+
+    @property
+    def uses_mscmat(self) -> bool:
+        """Whether any loss term trains MSCMAT; if not, the model is built without it."""
+        return self.loss.match_weight > 0 or self.loss.consistency_weight > 0
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> MSACfg:
+        """Parse and validate an `msa_cfg`; its optional key `preset` chooses the defaults.
+
+        Raises:
+            ValueError: an unknown key, a wrong type or a value out of range, by name, with what is allowed.
+        """
+        if not isinstance(config, Mapping):
+            raise ValueError(f"msa_cfg: expected an object, got {config!r}.")
+        settings = dict(config)
+        preset = settings.pop("preset", "default")
+        if preset not in PRESETS:
+            raise ValueError(f"msa_cfg.preset: {preset!r} is unknown; choose one of {', '.join(sorted(PRESETS))}.")
+        return _parse(cls, _merge(PRESETS[preset], settings), "msa_cfg")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # What the paper's released implementation computes, number by number.
+    "paper": {
+        "heads": 12,
+        "fusion": "scales",
+        "text_tokens": {"first": False, "padding": True},
+        "score": {"form": "sigmoid", "gate": "plain", "temperature": None},
+        "loss": {
+            "global_term": "triplet",
+            "global_weight": 1.0,
+            "margin": 0.5,
+            "match_weight": 15.0,
+            "match_directions": "image_to_text",
+            "consistency": "released",
+            "consistency_weight": 10.0,
+            "consistency_temperature": 2.0,
+            "identical_captions": False,
+        },
+        "ranking": {"global_weight": 1.0, "match_weight": 1.0},
+    },
+}
+
+
+def check_heads(width: int, heads: int) -> None:
+    """Raise ValueError unless MSCMAT's width is divisible by its heads."""
+    if width % heads:
+        divisors = [str(n) for n in range(1, width + 1) if width % n == 0 and n <= 64]
+        raise ValueError(
+            f"msa_cfg.heads: width {width} is not divisible by {heads} heads; allowed are {', '.join(divisors)}."
+        )
+
+
+def _require(condition: bool, key: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"msa_cfg.{key}: got {value!r}, expected {allowed}.")
+
+
+def _merge(defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` over `defaults`, object by object."""
+    merged = dict(defaults)
+    for key, value in settings.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _parse(kind: type[_T], value: Any, key: str) -> _T:
+    """Build the dataclass `kind` from a JSON object, naming `key` in every complaint."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{key}: expected an object, got {value!r}.")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(value) - set(hints))
+    if unknown:
+        raise ValueError(f"{key}.{unknown[0]}: unknown key; known are {', '.join(hints)}.")
+    required = {f.name for f in dataclasses.fields(kind) if _is_required(f)}  # type: ignore[arg-type]
+    missing = sorted(required - set(value))
+    if missing:
+        raise ValueError(f"{key}.{missing[0]}: missing; it has no default.")
+    return kind(**{name: _convert(hints[name], item, f"{key}.{name}") for name, item in value.items()})
+
+
+def _is_required(item: dataclasses.Field[Any]) -> bool:
+    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    """Check a JSON value against a type hint and convert lists to tuples and objects to dataclasses."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{key}: got {value!r}, expected one of {', '.join(map(repr, arguments))}.")
+        return value
+    if origin is types.UnionType:
+        (inner,) = (argument for argument in arguments if argument is not types.NoneType)
+        return None if value is None else _convert(inner, value, key)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{key}: expected a list, got {value!r}.")
+        return tuple(_convert(arguments[0], item, f"{key}[{position}]") for position, item in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        return _parse(typing.cast("type[Any]", hint), value, key)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{key}: got {value!r}, expected {hint.__name__}.")
+    return value
