@@ -1,0 +1,144 @@
+"""The command `shards`: build, synthesize; flags, help and defaults come from the option dataclasses."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import types
+from collections.abc import Sequence
+from typing import Any, get_args, get_origin, get_type_hints
+
+from .build import build
+from .engines import ENGINES
+from .options import BuildOptions, ImageOptions, ReadOptions
+from .records import ShardError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 fine, 1 refused or failed with a message, 2 wrong usage."""
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    try:
+        return int(parsed.run(parsed) or 0)
+    except (ShardError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m msa_openclip.shards", description="Remote sensing captions and images -> WebDataset shards."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_build(commands)
+    _add_synthesize(commands)
+    return parser
+
+
+def _add_build(commands: Any) -> None:
+    command = commands.add_parser("build", help="captions + images -> shards", description=build.__doc__)
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
+    command.add_argument("captions", help="caption file or folder (path or fsspec URL)")
+    command.add_argument("out", help="folder for the shards (path or fsspec URL)")
+    command.add_argument("--images", help="folder of the images (default: the folder of the captions)")
+    add_options(command, BuildOptions, "shards")
+    add_options(command, ReadOptions, "reading the captions")
+    add_options(command, ImageOptions, "images")
+    _add_run_options(command)
+    command.set_defaults(run=_build)
+
+
+def _add_run_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("running")
+    group.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="parallel jobs (default: %(default)s)")
+    group.add_argument("--engine", choices=ENGINES, default="auto", help="what the jobs run on (default: %(default)s)")
+    group.add_argument("--strict", action="store_true", help="fail at the first problem instead of rejecting the image")
+    group.add_argument("--overwrite", action="store_true", help="replace another build in OUT")
+    group.add_argument("--dry-run", action="store_true", help="plan and estimate, write nothing")
+    group.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _build(parsed: argparse.Namespace) -> None:
+    options = BuildOptions(
+        **_values(parsed, BuildOptions),
+        read=ReadOptions(**_values(parsed, ReadOptions)),
+        image=ImageOptions(**_values(parsed, ImageOptions)),
+    )
+    summary = build(
+        parsed.captions,
+        parsed.out,
+        images=parsed.images,
+        options=options,
+        workers=parsed.workers,
+        engine=parsed.engine,
+        strict=parsed.strict,
+        overwrite=parsed.overwrite,
+        dry_run=parsed.dry_run,
+        progress=not parsed.quiet,
+    )
+    print(summary.text())
+
+
+def _add_synthesize(commands: Any) -> None:
+    command = commands.add_parser("synthesize", help="drawn aerial scenes with captions, to try things out")
+    command.add_argument("out", help="folder for captions.json and images/, or for shards with --shards")
+    for split, count in (("train", 2000), ("val", 200), ("test", 200)):
+        command.add_argument(f"--{split}", type=int, default=count, help="number of scenes (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    command.add_argument("--size-px", type=int, default=96, help="side of the images (default: %(default)s)")
+    command.set_defaults(run=_synthesize)
+
+
+def _synthesize(parsed: argparse.Namespace) -> None:
+    from .scenes import synthesize
+
+    counts = {"train": parsed.train, "val": parsed.val, "test": parsed.test}
+    path = synthesize(parsed.out, counts, seed=parsed.seed, size_px=parsed.size_px, progress=True)
+    print(f"{path}: {sum(counts.values())} scenes; now: build {path} SHARDS")
+
+
+def add_options(command: argparse.ArgumentParser, options: type, title: str) -> None:
+    """A flag for each field of an option dataclass that has a help text."""
+    group = command.add_argument_group(title)
+    hints = get_type_hints(options)
+    for field in dataclasses.fields(options):
+        if "help" not in field.metadata:
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        kind, default = hints[field.name], field.default
+        help_text = field.metadata["help"].replace("%", "%%")
+        if kind is bool:
+            group.add_argument(flag, action="store_true", help=help_text)
+            continue
+        if get_origin(kind) is tuple:
+            separator = field.metadata.get("separator", ",")
+            group.add_argument(flag, type=_splitter(separator), default=default, metavar="LIST", help=help_text)
+            continue
+        if default not in (None, ""):
+            help_text += " (default: %(default)s)"
+        extra = {"choices": field.metadata["choices"]} if "choices" in field.metadata else {"metavar": _metavar(kind)}
+        group.add_argument(flag, type=_scalar(kind), default=default, help=help_text, **extra)
+
+
+def _values(parsed: argparse.Namespace, options: type) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(options) if "help" in field.metadata]
+    return {name: getattr(parsed, name) for name in names}
+
+
+def _scalar(kind: Any) -> Any:
+    if get_origin(kind) is types.UnionType:
+        kind = next(part for part in get_args(kind) if part is not type(None))
+    return kind
+
+
+def _metavar(kind: Any) -> str:
+    return {int: "N", float: "X", str: "TEXT"}[_scalar(kind)]
+
+
+def _splitter(separator: str) -> Any:
+    return lambda text: tuple(part.strip() for part in text.split(separator) if part.strip())

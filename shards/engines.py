@@ -1,0 +1,69 @@
+"""Where the jobs run: in this process, in threads, in processes, or on a Ray cluster; the jobs never know."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from multiprocessing import get_context
+from typing import Any
+
+from .records import ShardError
+from .shard_writer import ShardJob, ShardResult
+
+ENGINES = ("auto", "process", "thread", "ray")
+Work = Callable[[ShardJob], ShardResult]
+
+
+def run(work: Work, jobs: Iterator[ShardJob], engine: str, workers: int, *, in_memory: bool) -> Iterator[ShardResult]:
+    """Results as they are finished; never more than two jobs a worker are made ahead.
+
+    Args:
+        in_memory: source or target is memory://, which other processes cannot see; auto then takes threads.
+    """
+    if engine not in ENGINES:
+        raise ShardError(f"engine: {engine!r} is unknown; choose one of {', '.join(ENGINES)}.")
+    if workers < 1:
+        raise ShardError(f"workers: {workers} must be at least 1.")
+    if in_memory and engine in ("process", "ray"):
+        raise ShardError(f"engine: {engine} cannot see memory:// files of this process; use --engine thread.")
+    if engine == "ray":
+        yield from _run_on_ray(work, jobs, workers)
+    elif workers == 1:
+        yield from map(work, jobs)
+    elif engine == "thread" or in_memory:
+        yield from _run_in_pool(work, jobs, ThreadPoolExecutor(workers), workers)
+    else:
+        # forkserver and spawn start clean: no locks or threads of the calling process are inherited.
+        yield from _run_in_pool(work, jobs, ProcessPoolExecutor(workers, get_context("spawn")), workers)
+
+
+def _run_in_pool(work: Work, jobs: Iterator[ShardJob], pool: Executor, workers: int) -> Iterator[ShardResult]:
+    pending: set[Future[ShardResult]] = set()
+    try:
+        while True:
+            pending |= {pool.submit(work, job) for job in itertools.islice(jobs, 2 * workers - len(pending))}
+            if not pending:
+                return
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _run_on_ray(work: Work, jobs: Iterator[ShardJob], workers: int) -> Iterator[ShardResult]:
+    try:
+        import ray
+    except ImportError as error:
+        raise ShardError("engine: ray is not installed; pip install ray, or use --engine process.") from error
+    if not ray.is_initialized():
+        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
+    remote: Any = ray.remote(num_cpus=1)(work)
+    pending: list[Any] = []
+    while True:
+        pending += [remote.remote(job) for job in itertools.islice(jobs, 2 * workers - len(pending))]
+        if not pending:
+            return
+        done, pending = ray.wait(pending)
+        yield from ray.get(done)

@@ -1,0 +1,102 @@
+"""What flows through the builder: an entry as a reader finds it, a record ready to be planned, a rejection."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from urllib.parse import quote
+
+KEY_LIMIT = 80  # bytes; with the pair suffix and the extension a member name stays below ustar's 100
+SPLITS = ("train", "val", "test")
+
+
+class ShardError(ValueError):
+    """The caller gave a source, an option or a folder that cannot be used; the message names the remedy."""
+
+
+class ImageProblem(ShardError):
+    """One image cannot become a sample; the build goes on and writes the reason to `rejected.jsonl`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where the bytes of an image lie: a whole file, or `size` bytes at `offset` of a tar, or a table row.
+
+    `window` is (column, row, width, height) in pixels, for a tile of a larger scene.
+    """
+
+    url: str
+    offset: int | None = None
+    size: int | None = None
+    row: int | None = None
+    window: tuple[int, int, int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One image as a reader found it: nothing is cleaned, looked up or checked yet.
+
+    A name in `image` is looked up in the image folder; a `Location` is used as it is.
+    """
+
+    image: str | Location
+    captions: tuple[str, ...]
+    split: str | None = None
+    label: str | None = None
+    image_id: str | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One image of the plan: found, named, with its non-blank captions."""
+
+    image_id: str
+    image: Location
+    source: str
+    captions: tuple[str, ...]
+    split: str
+    label: str | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_line(self) -> bytes:
+        """One JSON line, the form in which the plan keeps records on disk."""
+        return json.dumps(asdict(self), separators=(",", ":")).encode() + b"\n"
+
+    @staticmethod
+    def from_line(line: bytes) -> Record:
+        """The inverse of `to_line`."""
+        row = json.loads(line)
+        place = row.pop("image")
+        place["window"] = tuple(place["window"]) if place["window"] else None
+        return Record(image=Location(**place), captions=tuple(row.pop("captions")), **row)
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A row of `rejected.jsonl`: the file, the kind of problem (counted in the summary), and what exactly."""
+
+    file: str
+    reason: str
+    detail: str = ""
+
+
+def clean_caption(text: str) -> str:
+    """Collapse all white space, so that a caption never holds the newline that separates captions."""
+    return " ".join(text.split())
+
+
+def sample_key(image_id: str) -> str:
+    """A WebDataset key for an image id: ASCII, free of dots (they would start the extension), one to one.
+
+    `+` never comes out of the quoting and so is free to number the captions of the `pair` layout.
+    """
+    parts = [quote(part, safe="").replace(".", "%2E") for part in image_id.split("/") if part]
+    key = "/".join(parts)
+    if len(key) <= KEY_LIMIT:
+        return key
+    from hashlib import sha256
+
+    return key[: KEY_LIMIT - 17].rstrip("/%") + "-" + sha256(image_id.encode()).hexdigest()[:16]

@@ -1,0 +1,89 @@
+"""Tar files as shards need them: written with nothing in them that varies, and read by position."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tarfile
+from collections.abc import Iterator
+from typing import IO, NamedTuple
+
+BLOCK = 512
+END = bytes(2 * BLOCK)
+MEMBER_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # as webdataset splits key and extension
+
+
+class Member(NamedTuple):
+    """One file of a tar: its name, and where its bytes lie."""
+
+    name: str
+    offset: int
+    size: int
+
+    @property
+    def key(self) -> str:
+        """The sample it belongs to (webdataset: up to the first dot of the last path part)."""
+        match = MEMBER_NAME.match(self.name)
+        return match.group(1) if match else self.name
+
+    @property
+    def extension(self) -> str:
+        """What follows the first dot, in lower case; empty if there is none."""
+        match = MEMBER_NAME.match(self.name)
+        return match.group(2).lower() if match else ""
+
+
+class TarSink:
+    """Append members to a file; the bytes depend on names and contents alone (time 0, owner 0, order given)."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def add(self, name: str, data: bytes) -> None:
+        """Append one member."""
+        self._write(b"".join((_header(name, len(data)), data, bytes(-len(data) % BLOCK))))
+
+    def close(self) -> str:
+        """Write the end mark; returns the SHA-256 of everything written."""
+        self._write(END)
+        return self._hash.hexdigest()
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+
+
+def _header(name: str, size: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size = size
+    info.mode = 0o644
+    return info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+
+
+def members(file: IO[bytes]) -> Iterator[Member]:
+    """The regular files of a tar in order, with the offsets of their bytes.
+
+    Raises:
+        tarfile.ReadError: the tar is damaged or cut short.
+    """
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for info in tar:
+            if info.isreg():
+                yield Member(info.name, info.offset_data, info.size)
+            tar.members.clear()  # TarFile keeps every header otherwise
+
+
+def samples(file: IO[bytes]) -> Iterator[tuple[str, list[Member]]]:
+    """Neighbouring members that share a key, as webdataset groups them."""
+    key, group = "", list[Member]()
+    for member in members(file):
+        if group and (member.key != key or any(member.extension == other.extension for other in group)):
+            yield key, group
+            group = []
+        key = member.key
+        group.append(member)
+    if group:
+        yield key, group
