@@ -1,0 +1,71 @@
+"""Fixtures of all tests: no network, warnings are errors, tiny models known to open_clip here and in subprocesses."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+import msa_openclip  # noqa: F401  # active also where torch's entry points are off
+
+THIRD_PARTY_WARNINGS = (
+    "ignore:.*deprecated.*:DeprecationWarning:(?!msa_openclip)",
+    "ignore::DeprecationWarning:importlib",  # SWIG types of sentencepiece
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "error")
+    for line in THIRD_PARTY_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random BERT and its tokenizer."""
+    return tiny.write_bert(tmp_path_factory.mktemp("hub") / "tiny-bert")
+
+
+@pytest.fixture(scope="session")
+def tiny_configs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
+    """Folder of model configurations, registered in this process; MSA_OPENCLIP_CONFIGS=folder registers it elsewhere.
+
+    tiny-ViT, tiny-RN are plain CLIP models, MSA-tiny-ViT, MSA-tiny-RN the same towers with MSA; MSA-tiny-BERT is the
+    paper's kind: timm ResNet, BERT, preset "paper".
+    """
+    import open_clip
+
+    directory = tmp_path_factory.mktemp("configs")
+    for kind in ("ViT", "RN"):
+        tiny.write_config(directory, f"tiny-{kind}", tiny.config(kind))
+        tiny.write_config(directory, f"MSA-tiny-{kind}", tiny.config(kind, msa={}))
+    paper = {"preset": "paper", "heads": 4}
+    tiny.write_config(directory, "MSA-tiny-BERT", tiny.config("timm-RN", text=tiny.bert_text(tiny_bert), msa=paper))
+    open_clip.add_model_config(directory)
+    return directory
+
+
+@pytest.fixture
+def run_python(tiny_configs: Path) -> Callable[..., str]:
+    """Run Python code in a fresh process that knows the tiny models: its standard output; an error fails the test."""
+
+    def run(code: str, *arguments: str, **environment: str) -> str:
+        env = {**os.environ, "MSA_OPENCLIP_CONFIGS": str(tiny_configs), **environment}
+        done: Any = subprocess.run(
+            [sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return str(done.stdout)
+
+    return run
