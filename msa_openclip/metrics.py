@@ -57,7 +57,9 @@ class Truth:
         images = _checked_images(text_to_image, column, images)
         query_column, query = column.unique(return_inverse=True)  # type: ignore[no-untyped-call]
         pairs = torch.stack([query, text_to_image]).unique(dim=1)  # type: ignore[no-untyped-call]
-        return cls(images, torch.bincount(column).clamp(max=1), query_column, pairs[1], pairs[0])
+        return cls(
+            images, torch.bincount(column).clamp(max=1), query_column, pairs[1].contiguous(), pairs[0].contiguous()
+        )
 
     @property
     def pair_column(self) -> Tensor:
