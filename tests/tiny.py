@@ -1,4 +1,4 @@
-"""Tiny model configurations, built in milliseconds: twins of open_clip's kinds of towers, with and without `msa_cfg`."""
+"""Tiny model configurations for open_clip's kinds of towers, each with and without `msa_cfg`, and tiny inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 EMBED_DIM = 24
 CONTEXT_LENGTH = 13
-VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a many some two white green planes trees are near".split())
+WORDS = ("a", "many", "some", "two", "white", "green", "planes", "trees", "are", "near")
+VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)
 
 VISION: dict[str, dict[str, Any]] = {
     "ViT": {"image_size": 32, "layers": 3, "width": 20, "head_width": 10, "patch_size": 8},
