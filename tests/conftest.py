@@ -22,7 +22,7 @@ import msa_openclip  # noqa: F401  # active also where torch's entry points are 
 THIRD_PARTY_WARNINGS = (
     "ignore:.*deprecated.*:DeprecationWarning:(?!msa_openclip)",
     "ignore::DeprecationWarning:importlib",  # SWIG types of sentencepiece
-    r"ignore:unclosed file .*\.tar:ResourceWarning",  # webdataset leaves its shards to the garbage collector
+    "ignore:unclosed file:ResourceWarning",  # open_clip_train and webdataset leave files to the garbage collector
 )
 
 
