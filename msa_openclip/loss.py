@@ -5,11 +5,10 @@ Shapes: R rows and C columns of a block of scores (one of them images, the other
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed
-import torch.distributed.nn
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import Loss as LossCfg
@@ -204,20 +203,37 @@ class MSALoss(nn.Module):
         if self.world_size == 1:
             return x
         if not x.is_floating_point():
-            return torch.cat(self._all_gather(x.to(torch.int64))).to(x.dtype)
+            return torch.cat(_all_gather(x.to(torch.int64), self.world_size)).to(x.dtype)
         if self.gather_with_grad:
-            return torch.cat(torch.distributed.nn.all_gather(x.contiguous()))  # type: ignore[no-untyped-call]
-        gathered = self._all_gather(x.detach())
+            gathered_with_grad: Tensor = _GatherWithGrad.apply(x, self.rank, self.world_size)
+            return gathered_with_grad
+        gathered = _all_gather(x.detach(), self.world_size)
         if not self.local_loss:
             # Only this rank's own part has a gradient here, and the mean over ranks would divide it by their number.
             gathered[self.rank] = _scale_gradient(x, float(self.world_size))
         return torch.cat(gathered)
 
-    def _all_gather(self, x: Tensor) -> list[Tensor]:
-        x = x.contiguous()
-        gathered = [torch.empty_like(x) for _ in range(self.world_size)]
-        torch.distributed.all_gather(gathered, x)
-        return gathered
+
+class _GatherWithGrad(torch.autograd.Function):
+    """Concatenation over ranks whose backward sums each part's gradient over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rank: int, world_size: int) -> Tensor:
+        ctx.own = slice(rank * len(x), (rank + 1) * len(x))
+        return torch.cat(_all_gather(x, world_size))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)  # gloo has no reduce_scatter on every torch version that we support
+        return gradient[ctx.own], None, None
+
+
+def _all_gather(x: Tensor, world_size: int) -> list[Tensor]:
+    x = x.contiguous()
+    gathered = [torch.empty_like(x) for _ in range(world_size)]
+    dist.all_gather(gathered, x)
+    return gathered
 
 
 def _match(cfg: LossCfg, per_image: Block, per_text: Block) -> Tensor:

@@ -1,0 +1,108 @@
+"""Ranks and micro-batches: losses and gradients equal those of one process with the whole batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from msa_openclip import MSACLIP, MSALoss
+
+VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16}
+TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+SCALES = [{"stage": 1, "pool": "max"}, {"stage": 2, "pool": "avg"}]
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {"image_scales": SCALES, "heads": 2},
+    "paper": {"preset": "paper", "image_scales": SCALES, "heads": 2},
+}
+MODES = {
+    "local": {"local_loss": True, "gather_with_grad": True},
+    "gathered": {"local_loss": False, "gather_with_grad": True},
+    "plain": {"local_loss": False, "gather_with_grad": False},
+}
+BATCH = 12
+
+
+def model_and_batch(preset: str) -> tuple[MSACLIP, Tensor, Tensor]:
+    torch.manual_seed(5)
+    model = MSACLIP(32, VISION, TEXT, PRESETS[preset]).double().train()
+    images = torch.randn(BATCH, 3, 32, 32, dtype=torch.float64)
+    texts = torch.randint(1, 60, (BATCH, 8))
+    texts[:, 0] = 60
+    texts[torch.arange(BATCH), torch.arange(BATCH) % 6 + 1] = 63  # end of text; what follows is padding
+    for row, end in enumerate(texts.argmax(dim=1)):
+        texts[row, end + 1 :] = 0
+    texts[7] = texts[2]  # an identical caption on another rank
+    return model, images, texts
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.requires_grad}  # type: ignore[misc]
+
+
+def whole_batch(preset: str) -> tuple[float, dict[str, Tensor]]:
+    model, images, texts = model_and_batch(preset)
+    loss = MSALoss(model.msa_cfg)(**model(images, texts))
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+def run_rank(rank: int, world_size: int, preset: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    try:
+        for name, mode in MODES.items():
+            model, images, texts = model_and_batch(preset)
+            wrapped = DistributedDataParallel(model)
+            part = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
+            loss = MSALoss(model.msa_cfg, **mode, rank=rank, world_size=world_size)(
+                **wrapped(images[part], texts[part])
+            )
+            loss.backward()
+            torch.save((loss.detach(), gradients(wrapped)), f"{folder}/{name}-{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_agree_with_one_process(preset: str, world_size: int, tmp_path: Path) -> None:
+    expected_loss, expected = whole_batch(preset)
+    torch.multiprocessing.spawn(run_rank, (world_size, preset, str(tmp_path)), nprocs=world_size)
+    for mode in MODES:
+        ranks = [torch.load(tmp_path / f"{mode}-{rank}.pt") for rank in range(world_size)]
+        losses = torch.stack([loss for loss, _ in ranks])
+        assert losses.mean().item() == pytest.approx(expected_loss, rel=1e-5), mode
+        if mode != "local":
+            assert losses[0].item() == pytest.approx(expected_loss, rel=1e-5), mode
+        for name, gradient in expected.items():
+            torch.testing.assert_close(ranks[0][1][name], gradient, rtol=1e-5, atol=1e-9, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("accum_freq", [2, 3])
+def test_accumulation_agrees_with_the_whole_batch(preset: str, accum_freq: int) -> None:
+    """The loop of open_clip_train.train: features cached without gradient, then one backward a micro-batch."""
+    expected_loss, expected = whole_batch(preset)
+    model, images, texts = model_and_batch(preset)
+    loss_function = MSALoss(model.msa_cfg, accum_freq=accum_freq)
+    parts = list(zip(images.chunk(accum_freq), texts.chunk(accum_freq), strict=True))
+    with torch.no_grad():
+        cached = [{k: v for k, v in model(*part).items() if k != "logit_scale"} for part in parts]
+    for j, part in enumerate(parts):
+        output = model(*part)
+        logit_scale = output.pop("logit_scale")
+        inputs = {
+            key: torch.cat([output[key] if i == j else other[key] for i, other in enumerate(cached)]) for key in output
+        }
+        loss = loss_function(**inputs, logit_scale=logit_scale, output_dict=False)
+        assert loss.item() == pytest.approx(expected_loss, rel=1e-9)
+        loss.backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-9, msg=lambda m: f"{name}: {m}")  # noqa: B023
