@@ -32,7 +32,7 @@ class BuildSummary:
         """For people."""
         lines = ["Dry run, nothing was written; the build would be" if self.dry_run else f"Shards in {self.folder}:"]
         for split, row in self.splits.items():
-            size = f"{'about ' if self.dry_run else ''}{row['bytes'] / 1e6:.1f} MB"
+            size = f"{'about ' if self.dry_run else ''}{row['size_bytes'] / 1e6:.1f} MB"
             lines.append(f"  {split:5} {row['samples']:>9,} samples, {row['shards']} shards, {size}: {row['pattern']}")
         lines += [f"  rejected, {reason}: {count:,}" for reason, count in self.rejected.items()]
         if self.rejected and not self.dry_run:
@@ -107,9 +107,7 @@ def build(
     return BuildSummary(out, content["splits"], content["rejected"], seconds, resumed, advice=advice)
 
 
-def _collect(
-    results: Any, done: dict[str, ShardResult], folder: BuildFolder, plan: Plan, *, progress: bool
-) -> None:
+def _collect(results: Any, done: dict[str, ShardResult], folder: BuildFolder, plan: Plan, *, progress: bool) -> None:
     """Take results as they come; each is noted down at once, so that a killed build can go on behind it."""
     total = sum(plan.size(split) for split in SPLITS)
     before = sum(result.samples + len(result.rejections) for result in done.values())
@@ -146,7 +144,7 @@ def _estimate(plan: Plan) -> dict[str, dict[str, Any]]:
             samples = plan.size(split)
             size = samples * (plan.image_bytes + 3072)  # three headers, text and JSON, with their padding
             pattern = manifest.brace_pattern(shards)
-            splits[split] = {"shards": len(shards), "pattern": pattern, "samples": samples, "bytes": size}
+            splits[split] = {"shards": len(shards), "pattern": pattern, "samples": samples, "size_bytes": size}
     return splits
 
 

@@ -42,7 +42,7 @@ class BuildFolder:
             )
         for row in content["shards"]:
             url = store.join(self.url, row["file"])
-            if not store.exists(url) or store.size(url) != row["bytes"]:
+            if not store.exists(url) or store.size(url) != row["size_bytes"]:
                 raise ShardError(f"{url}: missing or of the wrong size, though the manifest lists it. Use --overwrite.")
         return content
 
@@ -122,7 +122,7 @@ class BuildFolder:
         for shard in self._plan.shards:
             if shard.file in there and f"{STATE}/{shard.file}.json" in there:
                 result = ShardResult.from_json(store.read_bytes(self._note(shard.file)))
-                if store.size(store.join(self.url, shard.file)) == result.bytes:
+                if store.size(store.join(self.url, shard.file)) == result.size_bytes:
                     found[shard.file] = result
         return found
 

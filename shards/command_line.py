@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import tempfile
 import types
 from collections.abc import Sequence
 from typing import Any, get_args, get_origin, get_type_hints
@@ -86,11 +87,12 @@ def _build(parsed: argparse.Namespace) -> None:
 
 def _add_synthesize(commands: Any) -> None:
     command = commands.add_parser("synthesize", help="drawn aerial scenes with captions, to try things out")
-    command.add_argument("out", help="folder for captions.json and images/, or for shards with --shards")
+    command.add_argument("out", help="local folder for captions.json and images/, or for the shards")
     for split, count in (("train", 2000), ("val", 200), ("test", 200)):
         command.add_argument(f"--{split}", type=int, default=count, help="number of scenes (default: %(default)s)")
     command.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     command.add_argument("--size-px", type=int, default=96, help="side of the images (default: %(default)s)")
+    command.add_argument("--shards", choices=("image", "pair"), help="write shards of this layout instead of files")
     command.set_defaults(run=_synthesize)
 
 
@@ -98,8 +100,14 @@ def _synthesize(parsed: argparse.Namespace) -> None:
     from .scenes import synthesize
 
     counts = {"train": parsed.train, "val": parsed.val, "test": parsed.test}
-    path = synthesize(parsed.out, counts, seed=parsed.seed, size_px=parsed.size_px, progress=True)
-    print(f"{path}: {sum(counts.values())} scenes; now: build {path} SHARDS")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = scratch if parsed.shards else parsed.out
+        path = synthesize(folder, counts, seed=parsed.seed, size_px=parsed.size_px, progress=True)
+        if parsed.shards:
+            options = BuildOptions(layout=parsed.shards, seed=parsed.seed)
+            print(build(path, parsed.out, options=options, progress=True).text())
+        else:
+            print(f"{path}: {sum(counts.values())} scenes; for shards: build {path} OUT")
 
 
 def add_options(command: argparse.ArgumentParser, options: type, title: str) -> None:

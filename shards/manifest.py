@@ -36,7 +36,7 @@ def make(
     for split in SPLITS:
         rows = [row for row in shards if row["split"] == split]
         if rows:
-            totals = {name: sum(row[name] for row in rows) for name in ("samples", "captions", "bytes")}
+            totals = {name: sum(row[name] for row in rows) for name in ("samples", "images", "captions", "size_bytes")}
             splits[split] = {"shards": len(rows), "pattern": brace_pattern([row["file"] for row in rows])} | totals
     versions = {"python": platform.python_version(), "pillow": PIL.__version__, "numpy": numpy.__version__}
     return {

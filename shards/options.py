@@ -95,8 +95,11 @@ class ImageOptions:
     tile_px: int | None = _option(None, "geo: cut scenes larger than this into tiles of this many pixels")
 
     def __post_init__(self) -> None:
-        for name, allowed in (("check", ("structure", "decode")), ("encode", ("auto", "png", "jpeg", "webp")),
-                              ("resize_mode", ("shortest", "longest", "squash"))):
+        for name, allowed in (
+            ("check", ("structure", "decode")),
+            ("encode", ("auto", "png", "jpeg", "webp")),
+            ("resize_mode", ("shortest", "longest", "squash")),
+        ):
             value = getattr(self, name)
             _require(value in allowed, f"{name}: {value!r} is unknown; choose one of {', '.join(allowed)}.")
         _require(1 <= self.quality <= 100, f"quality: {self.quality} is not within 1 to 100.")

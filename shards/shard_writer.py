@@ -41,7 +41,7 @@ class ShardResult:
     samples: int
     images: int
     captions: int
-    bytes: int
+    size_bytes: int
     sha256: str
     rejections: tuple[Rejection, ...] = ()
 

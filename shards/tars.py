@@ -73,7 +73,7 @@ def members(file: IO[bytes]) -> Iterator[Member]:
         for info in tar:
             if info.isreg():
                 yield Member(info.name, info.offset_data, info.size)
-            tar.members.clear()  # TarFile keeps every header otherwise
+            tar.members = []  # type: ignore[attr-defined]  # TarFile would keep every header
 
 
 def samples(file: IO[bytes]) -> Iterator[tuple[str, list[Member]]]:

@@ -84,15 +84,19 @@ def test_manifest_sizes_and_hashes_tell_the_truth(tmp_path: Path) -> None:
     import hashlib
 
     source = karpathy(tmp_path / "in", COUNTS)
-    summary = build(str(source), str(tmp_path / "out"), images=str(source.parent / "images"),
-                    options=BuildOptions(shards=2, name="tiny"))
+    summary = build(
+        str(source),
+        str(tmp_path / "out"),
+        images=str(source.parent / "images"),
+        options=BuildOptions(shards=2, name="tiny"),
+    )
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     sizes = json.loads((tmp_path / "out/sizes.json").read_text())
     assert summary.splits["train"]["pattern"] == "tiny-train-{000000..000001}.tar"
     assert {row["file"] for row in manifest["shards"]} == set(sizes) == set(shard_bytes(tmp_path / "out"))
     for row in manifest["shards"]:
         data = (tmp_path / "out" / row["file"]).read_bytes()
-        assert (row["bytes"], row["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+        assert (row["size_bytes"], row["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
         assert row["samples"] == sizes[row["file"]] == len(tar_members(tmp_path / "out" / row["file"])) / 3
     assert not (tmp_path / "out/.build").exists()
 
@@ -113,9 +117,14 @@ def test_every_problem_is_a_row_and_strict_fails(tmp_path: Path) -> None:
     summary = build(str(source), str(tmp_path / "out"), images=str(images))
     rejected = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
     assert {(row["file"], row["reason"]) for row in rejected} == {
-        ("0.jpg", "unreadable image"), ("1.jpg", "unreadable image"), ("2.jpg", "missing image"),
-        ("3.jpg", "blank caption"), ("4.jpg", "blank caption"), ("4.jpg", "no captions"),
-        ("5.jpg", "unknown split"), ("6.jpg", "duplicate key"),
+        ("0.jpg", "unreadable image"),
+        ("1.jpg", "unreadable image"),
+        ("2.jpg", "missing image"),
+        ("3.jpg", "blank caption"),
+        ("4.jpg", "blank caption"),
+        ("4.jpg", "no captions"),
+        ("5.jpg", "unknown split"),
+        ("6.jpg", "duplicate key"),
     }
     assert summary.rejected["unreadable image"] == 2
     assert summary.splits["train"]["samples"] == 12 - 5
@@ -173,6 +182,7 @@ def test_tif_named_jpg_is_found_and_transcoded_without_loss(tmp_path: Path) -> N
     assert seen == 16
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # open_clip leaves sizes.json open
 @pytest.mark.parametrize("layout", ["pair", "image"])
 def test_unmodified_open_clip_reads_every_sample(tmp_path: Path, layout: str, caplog: pytest.LogCaptureFixture) -> None:
     import torch
@@ -189,8 +199,17 @@ def test_unmodified_open_clip_reads_every_sample(tmp_path: Path, layout: str, ca
         return [torch.tensor([len(text)])]
 
     patterns = {split: str(tmp_path / "out" / row["pattern"]) for split, row in summary.splits.items()}
-    args = Namespace(train_data=patterns["train"], val_data=patterns["val"], train_num_samples=None, batch_size=4,
-                     val_num_samples=None, workers=0, world_size=1, seed=0, train_data_upsampling_factors=None)
+    args = Namespace(
+        train_data=patterns["train"],
+        val_data=patterns["val"],
+        train_num_samples=None,
+        batch_size=4,
+        val_num_samples=None,
+        workers=0,
+        world_size=1,
+        seed=0,
+        train_data_upsampling_factors=None,
+    )
     for is_train, split in ((True, "train"), (False, "val")):
         seen.clear()
         with caplog.at_level(logging.WARNING):
