@@ -60,9 +60,10 @@ def test_bare_ground_scenes_show_as_many_white_tanks_as_the_caption_counts() -> 
         drawn = scene(index, size_px=192)
         said = re.search(r"(\w+) round white storage tanks? on bare soil", drawn.captions[4].lower())
         if said:
-            pixels = np.asarray(drawn.image, dtype=int)
-            lids = (pixels.min(axis=2) > 206).sum() / (np.pi * (0.093 * 0.93 * 192) ** 2)
-            assert lids == pytest.approx(numbers.index(said[1]), abs=0.45)
+            count = numbers.index(said[1])
+            lid = np.pi * ((0.093 if count > 3 else 0.1) * 0.93 * 192) ** 2
+            lids = (np.asarray(drawn.image).min(axis=2) > 206).sum() / lid
+            assert lids == pytest.approx(count, abs=0.45)
             checked += 1
     assert checked >= 3
 
