@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -109,6 +110,9 @@ class MSACfg:
             _require(getattr(self.loss, name) >= 0, f"loss.{name}", getattr(self.loss, name), "0 or more")
         consistency_temperature = self.loss.consistency_temperature
         _require(consistency_temperature > 0, "loss.consistency_temperature", consistency_temperature, "more than 0")
+        for name in ("global_weight", "match_weight"):
+            weight = getattr(self.ranking, name)
+            _require(weight is None or weight >= 0, f"ranking.{name}", weight, "0 or more")
         total = self.loss.global_weight + self.loss.match_weight + self.loss.consistency_weight
         _require(total > 0, "loss", "all weights 0", "at least one term with a weight")
 
@@ -128,7 +132,7 @@ class MSACfg:
             raise ValueError(f"msa_cfg: expected an object, got {config!r}.")
         settings = dict(config)
         preset = settings.pop("preset", "default")
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise ValueError(f"msa_cfg.preset: {preset!r} is unknown; choose one of {', '.join(sorted(PRESETS))}.")
         return _parse(cls, _merge(PRESETS[preset], settings), "msa_cfg")
 
@@ -219,4 +223,6 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{key}: got {value!r}, expected {hint.__name__}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key}: got {value!r}, expected a finite number.")
     return value
