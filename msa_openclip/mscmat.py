@@ -28,9 +28,8 @@ class WideLayerNorm(nn.LayerNorm):
     """LayerNorm computed in float32 or better whatever the dtypes of input and weights; returns the input's dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
-            weight, bias = _wide(self.weight), _wide(self.bias)
-            return F.layer_norm(_wide(input), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
+        weight, bias = _wide(self.weight), _wide(self.bias)
+        return F.layer_norm(_wide(input), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
 
 
 class ScaleHead(nn.Module):
