@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from . import engines, intake, manifest, readers, store
+from . import engines, geotiff, intake, manifest, readers, store
 from .build_folder import BuildFolder
 from .options import BuildOptions
 from .plan import Plan
@@ -77,7 +77,8 @@ def build(
     options = options or BuildOptions()
     started = time.monotonic()
     root = images if images is not None else captions if store.is_folder(captions) else store.parent(captions)
-    records = intake.to_records(readers.read(captions, options.read), root, options.read, options.seed)
+    found = intake.to_records(readers.read(captions, options.read), root, options.read, options.seed)
+    records = geotiff.tiled(found, options.image)
     with Plan(tqdm(records, desc="reading", unit=" images", disable=not progress, leave=False), options) as plan:
         if strict and plan.rejections:
             raise ShardError(_strict_message(plan.rejections))

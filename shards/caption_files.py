@@ -36,13 +36,15 @@ def read_nwpu(url: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
 
 def read_precomp(folder: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
     """SPLIT_caps.txt (a caption per line) beside SPLIT_filename.txt (a line per image, or per caption)."""
-    for name in store.listing(folder):
-        if name.endswith("_caps.txt"):
-            split = name.removesuffix("_caps.txt")
-            captions = _lines(store.join(folder, name))
-            files = _lines(store.join(folder, f"{split}_filename.txt"))
-            for file, texts in _grouped(files, captions, store.join(folder, name)):
-                yield Entry(file, tuple(texts), split=split)
+    caption_files = [name for name in store.listing(folder) if name.endswith("_caps.txt")]
+    if not caption_files:
+        raise ShardError(f"{folder}: holds no *_caps.txt.")
+    for name in caption_files:
+        split = name.removesuffix("_caps.txt")
+        captions = _lines(store.join(folder, name))
+        files = _lines(store.join(folder, f"{split}_filename.txt"))
+        for file, texts in _grouped(files, captions, store.join(folder, name)):
+            yield Entry(file, tuple(texts), split=split)
 
 
 def _lines(url: str) -> list[str]:

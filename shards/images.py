@@ -91,7 +91,7 @@ def _complete(data: bytes, suffix: str) -> bool:
     if suffix == "jpg":
         return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")  # end of image behind the last start of scan
     if suffix == "png":
-        return b"IEND" in data[-4096:]
+        return 0 <= data.rfind(b"IEND") <= len(data) - 8  # name and checksum of the last chunk
     return len(data) >= int.from_bytes(data[4:8], "little") + 8
 
 

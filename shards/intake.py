@@ -62,7 +62,7 @@ def to_records(
         if isinstance(entry, Rejection):
             yield entry
             continue
-        name = entry.image if isinstance(entry.image, str) else entry.image_id or entry.image.url
+        name = entry.image if isinstance(entry.image, str) else entry.source or entry.image_id or entry.image.url
         split = _split(entry, options, seed)
         if split not in SPLITS:
             yield Rejection(name, "unknown split", f"{split!r}; rename it with --split-map {split}=train")

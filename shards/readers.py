@@ -8,8 +8,12 @@ from typing import Any
 
 from . import store
 from .caption_files import read_karpathy, read_nwpu, read_precomp
+from .folders import read_folder
+from .images import EXTENSIONS
 from .options import ReadOptions
 from .records import Entry, Rejection, ShardError
+from .shard_reader import read_tar
+from .tables import TABLES, read_hf, read_table
 
 Reader = Callable[[str, ReadOptions], Iterator[Entry | Rejection]]
 
@@ -17,6 +21,10 @@ READERS: dict[str, Reader] = {
     "karpathy": read_karpathy,
     "nwpu": read_nwpu,
     "precomp": read_precomp,
+    "table": read_table,
+    "folder": read_folder,
+    "tar": read_tar,
+    "hf": read_hf,
 }
 
 
@@ -26,13 +34,17 @@ def detect(captions: str) -> tuple[str, str]:
     Raises:
         ShardError: it does not exist, or looks like none of the kinds.
     """
+    if captions.endswith(".tar") or "::" in captions:
+        return "tar", "it names .tar files"
     if not store.exists(captions):
         raise ShardError(f"{captions}: no such file or folder.")
     if store.is_folder(captions):
         return _detect_folder(captions)
     if captions.endswith(".json"):
         return _detect_json(captions)
-    raise ShardError(f"{captions}: not a caption source that is known; name its format with --kind.")
+    if captions.endswith(TABLES):
+        return "table", f"the name ends in .{captions.rsplit('.', 1)[-1]}"
+    raise ShardError(f"{captions}: the name does not tell its format; say it with --kind ({', '.join(READERS)}).")
 
 
 def read(captions: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
@@ -52,10 +64,18 @@ def read(captions: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
 
 
 def _detect_folder(folder: str) -> tuple[str, str]:
-    names = {store.base_name(name) for name in store.listing(folder) if "/" not in name}
-    if any(name.endswith("_caps.txt") for name in names):
+    names = store.listing(folder)
+    top = [name for name in names if "/" not in name]
+    if any(name.endswith("_caps.txt") for name in top):
         return "precomp", "the folder holds *_caps.txt"
-    raise ShardError(f"{folder}: not a caption source that is known; name its format with --kind.")
+    if any(name.endswith(".tar") for name in top):
+        return "tar", "the folder holds .tar files"
+    if "dataset_dict.json" in top or {"dataset_info.json", "state.json"} <= set(top):
+        return "hf", "the folder holds a saved Hugging Face data set"
+    if any(name.lower().endswith(EXTENSIONS) for name in names):
+        return "folder", "the folder holds folders of images"
+    found = ", ".join(names[:5]) or "nothing"
+    raise ShardError(f"{folder}: no *_caps.txt, no .tar, no saved data set, no image in it; found {found}.")
 
 
 def _detect_json(url: str) -> tuple[str, str]:

@@ -22,7 +22,7 @@ class ImageProblem(ShardError):
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where the bytes of an image lie: a whole file, or `size` bytes at `offset` of a tar, or a table row.
+    """Where the bytes of an image lie: a whole file, `size` bytes at `offset` of a tar, or a cell of a saved table.
 
     `window` is (column, row, width, height) in pixels, for a tile of a larger scene.
     """
@@ -31,6 +31,7 @@ class Location:
     offset: int | None = None
     size: int | None = None
     row: int | None = None
+    column: str | None = None
     window: tuple[int, int, int, int] | None = None
 
 
@@ -38,7 +39,7 @@ class Location:
 class Entry:
     """One image as a reader found it: nothing is cleaned, looked up or checked yet.
 
-    A name in `image` is looked up in the image folder; a `Location` is used as it is.
+    A name in `image` is looked up in the image folder; a `Location` is used as it is.  `meta` joins the sample's JSON.
     """
 
     image: str | Location
@@ -47,6 +48,7 @@ class Entry:
     label: str | None = None
     image_id: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    source: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,8 +30,7 @@ def members(sample: Sample, image: Ready, geo: Mapping[str, Any]) -> list[tuple[
         about["class"] = record.label
     about |= {"captions": captions} | {f"caption_{index}": caption for index, caption in enumerate(captions)}
     about |= {"width": image.width, "height": image.height, "sha256": hashlib.sha256(image.data).hexdigest()}
-    if record.meta:
-        about["meta"] = record.meta
+    about |= record.meta
     if geo:
         about["geo"] = geo
     text = json.dumps(about, ensure_ascii=False, separators=(",", ":"))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from . import store
+from . import geotiff, store
 from .images import Ready, prepare
 from .options import ImageOptions
 from .plan import Sample
 from .records import ImageProblem, Rejection, ShardError
 from .samples import members
+from .sources import read_ahead
 from .tars import TarSink
 
 
@@ -77,7 +79,7 @@ def write_shard(job: ShardJob) -> ShardResult:
     try:
         with store.atomic_write(url) as file:
             sink = TarSink(file)
-            for sample, data in zip(job.samples, store.read_ahead([s.record.image for s in job.samples]), strict=True):
+            for sample, data in zip(job.samples, _contents(job), strict=True):
                 record = sample.record
                 try:
                     image, geo = _prepared(sample, data, job.image)
@@ -102,7 +104,18 @@ def write_shard(job: ShardJob) -> ShardResult:
     return ShardResult(job.file, job.split, written, len(images), captions, sink.size, digest, tuple(rejections))
 
 
-def _prepared(sample: Sample, data: bytes | Exception, options: ImageOptions) -> tuple[Ready, dict[str, Any]]:
+def _contents(job: ShardJob) -> Iterator[bytes | Exception | None]:
+    """The bytes of each sample's image in order, None for those that rasterio opens itself."""
+    rasters = [geotiff.is_geo(sample.record.image, job.image) for sample in job.samples]
+    plain = [sample.record.image for sample, raster in zip(job.samples, rasters, strict=True) if not raster]
+    contents = read_ahead(plain)
+    for raster in rasters:
+        yield None if raster else next(contents)
+
+
+def _prepared(sample: Sample, data: bytes | Exception | None, options: ImageOptions) -> tuple[Ready, dict[str, Any]]:
+    if data is None:
+        return geotiff.prepare(sample.record.image, options)
     if isinstance(data, Exception):
         reason = "no such file" if isinstance(data, FileNotFoundError) else f"{type(data).__name__}: {data}"
         raise ImageProblem(f"{sample.record.image.url} cannot be read: {reason}")

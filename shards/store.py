@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
 import fsspec
 
-from .records import Location, ShardError
+from .records import ShardError
 
 TEMPORARY = ".tmp"
 
@@ -83,22 +82,6 @@ def read_bytes(url: str) -> bytes:
             return file.read()
     fs, path = filesystem(url)
     return cast(bytes, fs.cat_file(path))
-
-
-def read_location(place: Location) -> bytes:
-    """The bytes that `place` points at: a file, or a stretch of one."""
-    if place.offset is None or place.size is None:
-        return read_bytes(place.url)
-    if is_local(place.url):
-        with open(local_path(place.url), "rb") as file:
-            file.seek(place.offset)
-            data = file.read(place.size)
-    else:
-        fs, path = filesystem(place.url)
-        data = fs.cat_file(path, start=place.offset, end=place.offset + place.size)
-    if len(data) != place.size:
-        raise OSError(f"{place.url}: ends inside the member at byte {place.offset}")
-    return data
 
 
 def open_read(url: str) -> IO[bytes]:
@@ -175,23 +158,3 @@ def write_bytes(url: str, data: bytes) -> None:
     """Write a whole file atomically."""
     with atomic_write(url) as file:
         file.write(data)
-
-
-def read_ahead(places: list[Location], threads: int = 16) -> Iterator[bytes | Exception]:
-    """The bytes of each place in order; a failure comes as the exception, so that one bad file stops nothing.
-
-    Local files are read when asked for; remote ones by `threads` requests at a time, to hide their latency.
-    """
-    if all(is_local(place.url) for place in places):
-        yield from map(_read_or_error, places)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(places), 4 * threads):
-            yield from pool.map(_read_or_error, places[start : start + 4 * threads])
-
-
-def _read_or_error(place: Location) -> bytes | Exception:
-    try:
-        return read_location(place)
-    except Exception as error:  # fsspec back ends raise their own types (botocore, aiohttp)
-        return error
