@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .config import MSACfg
 from .mscmat import IMAGE_SIDE_KEYS, MSCMAT, TEXT_SIDE_KEYS, match_scores
 from .pair_scores import ImageSide, TextSide
-from .towers import GatedScales, ImageScales, TowerPlusScales, pad_id, text_token_width, token_mask
+from .towers import GatedScales, ImageScales, TowerPlusScales, pad_id, text_token_width, token_mask, unused_parameters
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
             token_width = text_token_width(self.text)
             channels = self.image_scales.channels
             self.mscmat = MSCMAT(channels, token_width, embed_dim, width, cfg.heads, cfg.score)
-        self._check_text_tokens()
+        self._check_towers(embed_dim)
         self._freeze_unused()
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
@@ -146,6 +146,11 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
             output["text_ids"] = text
         return output
 
+    def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """As open_clip's own; what no loss reaches stays frozen in the groups that it leaves unlocked."""
+        super().lock_image_tower(unlocked_groups, freeze_bn_stats)
+        self._freeze_unused()
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a checkpoint of this model, or warm-start its towers from one of a plain CLIP model.
 
@@ -186,7 +191,14 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
             )
         return self.mscmat
 
-    def _check_text_tokens(self) -> None:
+    def _check_towers(self, embed_dim: int) -> None:
+        fusion, trunk = self.msa_cfg.fusion, getattr(self.visual, "trunk", None)
+        unprojected = trunk is not None and not trunk.num_classes and len(self.visual.head) == 0
+        if trunk is not None and unprojected and fusion != "scales" and trunk.num_features != embed_dim:
+            raise ValueError(
+                f"vision_cfg.timm_proj: 'none' leaves the image tower {trunk.num_features} features where embed_dim is "
+                f"{embed_dim}. Use 'linear', or msa_cfg.fusion 'scales' instead of {fusion!r}."
+            )
         if self.msa_cfg.text_tokens.first and type(getattr(self.text, "pooler", None)).__name__ == "ClsPooler":
             raise ValueError(
                 "msa_cfg.text_tokens.first: text_cfg.hf_pooler_type 'cls_pooler' keeps the first token to itself; "
@@ -198,7 +210,10 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         if self.msa_cfg.loss.global_term == "triplet":
             self.logit_scale.requires_grad_(False)
         if self.msa_cfg.fusion == "scales":
-            _freeze_image_head(self.visual, self.image_scales.reaches_top)
+            for parameter in unused_parameters(self.image_scales, self.visual):
+                parameter.requires_grad_(False)
+        if self.fusion is None and self.mscmat is None:
+            self.image_scales.requires_grad_(False)
 
 
 _OWN_PREFIXES = ("image_scales.", "fusion.", "mscmat.")
@@ -210,18 +225,3 @@ def _build_fusion(cfg: MSACfg, channels: Sequence[int], embed_dim: int) -> nn.Mo
     if cfg.fusion == "scales":
         return GatedScales(channels, embed_dim)
     return None
-
-
-def _freeze_image_head(visual: Any, reaches_top: bool) -> None:
-    """Freeze the head of an image tower, whose own global feature is not used."""
-    if not reaches_top:
-        raise ValueError(
-            "msa_cfg.fusion: 'scales' needs the backbone's last stage among msa_cfg.image_scales, "
-            "or the stages after the last one named would train on nothing."
-        )
-    for name in ("head", "attnpool"):
-        head = getattr(visual, name, None)
-        if head is not None:
-            head.requires_grad_(False)
-    if getattr(visual, "proj", None) is not None:
-        visual.proj.requires_grad_(False)

@@ -6,10 +6,12 @@ Shapes: I images, T texts, C_s channels of scale s, L positions of a map, N text
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .config import ImageScale
@@ -32,6 +34,11 @@ def image_stages(visual: Any) -> dict[int, Stage]:
         return _timm_stages(visual.trunk)
     if hasattr(visual, "layer4"):  # ModifiedResNet; its features are stem, layer1 .. layer4
         return {s: Stage(s, getattr(visual, f"layer{s}")[-1].conv3.out_channels) for s in range(1, 5)}
+    if getattr(visual, "attn_pool", None) is not None:
+        raise ValueError(
+            "vision_cfg.attentional_pool: the tower's last LayerNorm then follows the pooler, and none is left for the "
+            "tokens of its blocks. Set it to false."
+        )
     if hasattr(visual, "transformer"):
         width, blocks = visual.transformer.width, len(visual.transformer.resblocks)
         return {block: Stage(block - 1, width) for block in range(1, blocks + 1)}
@@ -107,7 +114,6 @@ class ImageScales(nn.Module):
         self.channels = [stages[scale.stage].channels for scale in scales]
         self.indices = sorted({stages[scale.stage].position for scale in scales})
         self.slots = [self.indices.index(stages[scale.stage].position) for scale in scales]
-        self.reaches_top = max(scale.stage for scale in scales) == max(stages)
         self.pools = nn.ModuleDict(
             {str(i): LearnedPool(self.channels[i]) for i, scale in enumerate(scales) if scale.pool == "learned"}
         )
@@ -147,6 +153,24 @@ class ImageScales(nn.Module):
             return maps[slot].mean(dim=1)
         pooled: Tensor = self.pools[str(position)](maps[slot])
         return pooled
+
+
+def unused_parameters(scales: ImageScales, visual: nn.Module) -> list[nn.Parameter]:
+    """Parameters of an image tower on which none of its pooled scale vectors depends, those of its head for example.
+
+    Asked of a copy on the meta device, which has graphs but no numbers; `eval` keeps it from drawing random ones.
+    """
+    reader, copied = copy.deepcopy(scales).to("meta"), copy.deepcopy(visual).to("meta").eval().requires_grad_()
+    height, width = image_size(visual)
+    _, pooled = reader(copied, torch.empty(1, 3, height, width, device="meta"))
+    gradients = torch.autograd.grad([z.sum() for z in pooled], list(copied.parameters()), allow_unused=True)
+    return [own for own, gradient in zip(visual.parameters(), gradients, strict=True) if gradient is None]
+
+
+def image_size(visual: Any) -> tuple[int, int]:
+    """Height and width in pixels of the images that a tower expects."""
+    size = visual.image_size
+    return (size[0], size[1]) if isinstance(size, (tuple, list)) else (size, size)
 
 
 class TowerPlusScales(nn.Module):

@@ -17,7 +17,7 @@ VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)
 
 VISION: dict[str, dict[str, Any]] = {
     "ViT": {"image_size": 32, "layers": 3, "width": 20, "head_width": 10, "patch_size": 8},
-    "RN": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 6, "head_width": 48, "patch_size": None},
+    "RN": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 6, "head_width": 48, "patch_size": None},
     "timm-RN": {
         "timm_model_name": "test_resnet.r160_in1k",
         "timm_model_pretrained": False,
