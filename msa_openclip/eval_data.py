@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .metrics import Truth
 from .shards import images as shard_images
-from .shards import intake, readers, store, tars
+from .shards import intake, readers, sources, store, tars
 from .shards.options import ImageOptions, ReadOptions
 from .shards.records import Location, Rejection, ShardError, clean_caption
 
@@ -222,7 +222,7 @@ def load_image(image: CaptionedImage) -> Image.Image:
         EvalDataError: it cannot be decoded.
     """
     try:
-        ready = shard_images.prepare(store.read_location(image.place), _EVAL_IMAGES)
+        ready = shard_images.prepare(sources.read_location(image.place), _EVAL_IMAGES)
         return Image.open(io.BytesIO(ready.data)).convert("RGB")
     except (OSError, ShardError) as error:
         raise EvalDataError(f"{image.place.url}: image {image.image_id} cannot be read: {error}.") from error

@@ -1,4 +1,4 @@
-"""The only file that touches open_clip's names: configs, pretrained tags, model class, loss, saving for the hub.
+"""The only file that touches open_clip's names: configs, tags, model class, loss, saving for the hub, validation.
 
 A model whose configuration has the key `msa_cfg` is ours; for every other model open_clip's own functions run.
 `autoload` calls `extend` with each watched module right after it has executed, so this file imports nothing heavy.
@@ -147,12 +147,12 @@ def _msa_create_model(factory: ModuleType) -> Callable[..., Any]:
         if "CustomTextCLIP" not in original.__code__.co_names:
             raise RuntimeError(_unsupported(["a create_model that builds CustomTextCLIP"]))
         kwargs["force_custom_text"] = True
-        return _with_global(original, "CustomTextCLIP", MSACLIP)(model_name, *args, **kwargs)
+        return with_global(original, "CustomTextCLIP", MSACLIP)(model_name, *args, **kwargs)
 
     return create_model
 
 
-def _with_global(function: FunctionType, name: str, value: object) -> Callable[..., Any]:
+def with_global(function: FunctionType, name: str, value: object) -> Callable[..., Any]:
     """`function` reading `value` as its global `name`; nobody else sees the change."""
     code, defaults, closure = function.__code__, function.__defaults__, function.__closure__
     copy = FunctionType(code, {**function.__globals__, name: value}, function.__name__, defaults, closure)
@@ -258,7 +258,24 @@ def _as_built(config: dict[str, Any], model: Any, tokenizer: Any) -> dict[str, A
     return {**config, "custom_text": True, "text_cfg": text_cfg, "vision_cfg": vision_cfg}
 
 
+# ---- validation while training
+
+
+def _extend_train(train: ModuleType) -> None:
+    """Let open_clip's `evaluate` report retrieval metrics for MSA models; open_clip_train.main imports it from here."""
+    original: FunctionType = train.evaluate
+
+    @functools.wraps(original)
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        from .train_evaluation import evaluate_with_retrieval
+
+        return evaluate_with_retrieval(original, *args, **kwargs)
+
+    _replace(train, "evaluate", evaluate)
+
+
 _EXTENSIONS: dict[str, Callable[[ModuleType], None]] = {
     "open_clip.factory": _extend_factory,
     "open_clip.push_to_hf_hub": _extend_push_to_hf_hub,
+    "open_clip_train.train": _extend_train,
 }
