@@ -5,14 +5,16 @@ Shapes: I images, T texts, S scales, N text tokens, H heads, d width of a head, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-PairAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""query, readout (I, S, H, d), key, value (T, S, N, H, d), mask (T, N) -> (S, I, T), the sum over heads and tokens."""
+from .pair_operator import PairAttention
+from .pair_scores_cpu import tiled_attention
+
+TILED_FROM = 1 << 17
+"""Logits (I x T x S x N x H) from which tiles pay for their set-up on a CPU, measured: about 90 pairs of full size."""
 
 
 class ImageSide(NamedTuple):
@@ -57,7 +59,7 @@ def match_logits(images: ImageSide, texts: TextSide) -> Tensor:
         ValueError: the two sides were folded with different scales, heads or widths.
     """
     _check_sides(images, texts)
-    return logits_with(eager_attention, images, texts)
+    return logits_with(_fastest_attention(images.query, texts.key), images, texts)
 
 
 def logits_with(attention: PairAttention, images: ImageSide, texts: TextSide) -> Tensor:
@@ -65,8 +67,8 @@ def logits_with(attention: PairAttention, images: ImageSide, texts: TextSide) ->
     dtype = torch.promote_types(images.query.dtype, texts.key.dtype)
     wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast(images.query.device.type, enabled=False):
-        sides = (images.query, images.readout, texts.key, texts.value)
-        attended = attention(*(side.to(dtype) for side in sides), texts.mask)
+        query, readout, key, value = (side.to(dtype) for side in (images.query, images.readout, texts.key, texts.value))
+        attended = attention(query, readout, key, value, texts.mask)
         gated = torch.matmul(images.gate.to(dtype).transpose(0, 1), texts.feature.to(dtype).T)  # (S, I, T)
         return attended + gated.to(wide) + images.bias.to(wide).T[:, :, None]
 
@@ -92,6 +94,13 @@ def _scale_attention(query: Tensor, readout: Tensor, key: Tensor, value: Tensor,
     weight = attention.masked_fill(blocked, torch.finfo(wide).min).softmax(dim=-1).masked_fill(blocked, 0.0)
     read = torch.einsum("ihd,tnhd->ithn", readout, value).to(wide)
     return (weight * read).sum(dim=(-2, -1))
+
+
+def _fastest_attention(query: Tensor, key: Tensor) -> PairAttention:
+    """The implementation for this device, precision and size; all agree to rounding."""
+    if query.device.type == "cpu" and query.shape[0] * key.shape[:-1].numel() >= TILED_FROM:
+        return tiled_attention
+    return eager_attention
 
 
 def _check_sides(images: ImageSide, texts: TextSide) -> None:

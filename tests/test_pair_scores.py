@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from pair_oracle import Mscmat, naive_logits, random_sides
 from torch import Tensor
 
+from msa_openclip import pair_scores_cpu
 from msa_openclip.pair_scores import (
+    TILED_FROM,
     ImageSide,
     PairAttention,
     TextSide,
@@ -21,8 +23,9 @@ from msa_openclip.pair_scores import (
     logits_with,
     match_logits,
 )
+from msa_openclip.pair_scores_cpu import tiled_attention
 
-IMPLEMENTATIONS: dict[str, PairAttention] = {"eager": eager_attention}
+IMPLEMENTATIONS: dict[str, PairAttention] = {"eager": eager_attention, "tiled": tiled_attention}
 FLOAT64 = ("eager", "tiled")
 """Implementations that take float64; the others are held to a float32 tolerance."""
 
@@ -114,6 +117,16 @@ def test_folding_changes_neither_scores_nor_gradients() -> None:
 )
 def test_values_and_gradients_are_those_of_the_loops(logits: Logits, dtype: torch.dtype, shape: dict[str, int]) -> None:
     assert_matches_oracle(logits, *random_sides(dtype=dtype, **shape))
+
+
+def test_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles small enough that every text and every few images have their own, the last ones uneven."""
+    monkeypatch.setattr(pair_scores_cpu, "TILE_ROWS", 9)
+    monkeypatch.setattr(pair_scores_cpu, "TILE_LOGITS", 160)
+    assert_matches_oracle(
+        lambda i, t: logits_with(tiled_attention, i, t),
+        *random_sides(images=37, texts=11, tokens=13, dtype=torch.float64),
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -236,6 +249,29 @@ def test_gradcheck(logits: Logits, name: str) -> None:
     assert torch.autograd.gradcheck(scores, inputs)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of opcheck's own copies
+def test_the_operator_keeps_torch_rules(name: str) -> None:
+    """Schema, fake kernel, autograd registration and tracing, as torch.library checks them."""
+    if name == "eager":
+        pytest.skip("eager is no operator of its own")
+    images, texts = random_sides()
+    sides = [field.requires_grad_() for field in (*images[:2], *texts[:2])]
+    torch.library.opcheck(IMPLEMENTATIONS[name], (*sides, texts.mask))
+    frozen = [sides[0], sides[1].detach(), sides[2].detach(), sides[3].detach()]
+    torch.library.opcheck(IMPLEMENTATIONS[name], (*frozen, texts.mask))
+
+
+def test_second_derivatives_are_refused_or_right(logits: Logits, name: str) -> None:
+    images, texts = random_sides()
+    query = images.query.requires_grad_()
+    (first,) = torch.autograd.grad(logits(images, texts).square().sum(), query, create_graph=True)
+    if name == "eager":
+        assert torch.autograd.grad(first.sum(), query)[0].count_nonzero()
+    else:
+        with pytest.raises(NotImplementedError, match="eager_attention"):
+            torch.autograd.grad(first.sum(), query)
+
+
 def test_what_padding_holds_changes_nothing(logits: Logits) -> None:
     images, texts = random_sides()
     hidden = ~texts.mask[:, None, :, None, None]
@@ -316,6 +352,16 @@ def test_compiles_into_one_graph(logits: Logits) -> None:
     upstream = torch.randn(2, 3, 5)
     found, wanted = gradients(compiled, images, texts, upstream), gradients(logits, images, texts, upstream)
     torch.testing.assert_close(found, wanted)
+
+
+def test_large_problems_take_the_tiled_way_and_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, texts = random_sides(images=37, texts=41, tokens=11, scales=2, heads=4, width=5)
+    assert len(images.query) * texts.key[..., 0].numel() >= TILED_FROM
+    expected = logits_with(eager_attention, images, texts)
+    monkeypatch.setattr("msa_openclip.pair_scores.eager_attention", None)
+    torch.testing.assert_close(match_logits(images, texts), expected)
+    compiled = torch.compile(match_logits, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(images, texts), expected)
 
 
 @pytest.mark.parametrize("empty", ["images", "texts"])
