@@ -3,5 +3,15 @@
 from .build import BuildSummary, build
 from .options import BuildOptions, ImageOptions, ReadOptions
 from .records import ShardError
+from .verify import Verification, verify
 
-__all__ = ["BuildOptions", "BuildSummary", "ImageOptions", "ReadOptions", "ShardError", "build"]
+__all__ = [
+    "BuildOptions",
+    "BuildSummary",
+    "ImageOptions",
+    "ReadOptions",
+    "ShardError",
+    "Verification",
+    "build",
+    "verify",
+]

@@ -1,4 +1,4 @@
-"""The command `shards`: build, synthesize; flags, help and defaults come from the option dataclasses."""
+"""The command `shards`: build, reshard, verify, info, synthesize; flags and help come from the option dataclasses."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .build import build
 from .engines import ENGINES
 from .options import BuildOptions, ImageOptions, ReadOptions
 from .records import ShardError
+from .verify import verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +38,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_build(commands)
+    _add_reshard(commands)
+    _add_verify(commands)
     _add_synthesize(commands)
     return parser
 
@@ -65,11 +68,12 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
 
 
 def _build(parsed: argparse.Namespace) -> None:
-    options = BuildOptions(
-        **_values(parsed, BuildOptions),
-        read=ReadOptions(**_values(parsed, ReadOptions)),
-        image=ImageOptions(**_values(parsed, ImageOptions)),
-    )
+    _run_build(parsed, ReadOptions(**_values(parsed, ReadOptions)))
+
+
+def _run_build(parsed: argparse.Namespace, read: ReadOptions) -> None:
+    image = ImageOptions(**_values(parsed, ImageOptions))
+    options = BuildOptions(**_values(parsed, BuildOptions), read=read, image=image)
     summary = build(
         parsed.captions,
         parsed.out,
@@ -83,6 +87,40 @@ def _build(parsed: argparse.Namespace) -> None:
         progress=not parsed.quiet,
     )
     print(summary.text())
+
+
+def _add_reshard(commands: Any) -> None:
+    command = commands.add_parser(
+        "reshard", help="shards -> other shards: another number, layout, seed, or several as one"
+    )
+    command.add_argument(
+        "sources", nargs="+", help="folders of shards or tar patterns; captions of pairs are put together"
+    )
+    command.add_argument("out", help="folder for the new shards")
+    add_options(command, BuildOptions, "shards")
+    add_options(command, ImageOptions, "images")
+    _add_run_options(command)
+    command.set_defaults(run=_reshard)
+
+
+def _reshard(parsed: argparse.Namespace) -> None:
+    parsed.captions, parsed.images = "::".join(parsed.sources), None
+    _run_build(parsed, ReadOptions(kind="tar"))
+
+
+def _add_verify(commands: Any) -> None:
+    command = commands.add_parser("verify", help="read shards again and hold them to their manifest")
+    command.add_argument("folder", help="folder of shards (path or fsspec URL)")
+    command.add_argument("--decode", action="store_true", help="also decode every image")
+    command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="(default: %(default)s)")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.set_defaults(run=_verify)
+
+
+def _verify(parsed: argparse.Namespace) -> int:
+    found = verify(parsed.folder, decode=parsed.decode, workers=parsed.workers, progress=not parsed.quiet)
+    print(found.text())
+    return 0 if found.ok else 1
 
 
 def _add_synthesize(commands: Any) -> None:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from multiprocessing import get_context
-from typing import Any
+from multiprocessing import get_context, parent_process
+from threading import Thread
+from typing import Any, TypeVar
 
 from .records import ShardError
-from .shard_writer import ShardJob, ShardResult
 
 ENGINES = ("auto", "process", "thread", "ray")
-Work = Callable[[ShardJob], ShardResult]
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
-def run(work: Work, jobs: Iterator[ShardJob], engine: str, workers: int, *, in_memory: bool) -> Iterator[ShardResult]:
-    """Results as they are finished; never more than two jobs a worker are made ahead.
+def run(
+    work: Callable[[Job], Result], jobs: Iterator[Job], engine: str, workers: int, *, in_memory: bool
+) -> Iterator[Result]:
+    """Results of `work` as they are finished; never more than two jobs a worker are made ahead.
 
     Args:
         in_memory: source or target is memory://, which other processes cannot see; auto then takes threads.
@@ -34,12 +38,13 @@ def run(work: Work, jobs: Iterator[ShardJob], engine: str, workers: int, *, in_m
     elif engine == "thread" or in_memory:
         yield from _run_in_pool(work, jobs, ThreadPoolExecutor(workers), workers)
     else:
-        # forkserver and spawn start clean: no locks or threads of the calling process are inherited.
-        yield from _run_in_pool(work, jobs, ProcessPoolExecutor(workers, get_context("spawn")), workers)
+        # A spawned process starts clean: it inherits no locks or threads of the caller.
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent)
+        yield from _run_in_pool(work, jobs, pool, workers)
 
 
-def _run_in_pool(work: Work, jobs: Iterator[ShardJob], pool: Executor, workers: int) -> Iterator[ShardResult]:
-    pending: set[Future[ShardResult]] = set()
+def _run_in_pool(work: Callable[[Job], Result], jobs: Iterator[Job], pool: Executor, workers: int) -> Iterator[Result]:
+    pending: set[Future[Result]] = set()
     try:
         while True:
             pending |= {pool.submit(work, job) for job in itertools.islice(jobs, 2 * workers - len(pending))}
@@ -52,7 +57,19 @@ def _run_in_pool(work: Work, jobs: Iterator[ShardJob], pool: Executor, workers: 
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _run_on_ray(work: Work, jobs: Iterator[ShardJob], workers: int) -> Iterator[ShardResult]:
+def _end_with_parent() -> None:
+    """A killed build must not leave its workers waiting for ever."""
+
+    def wait_and_end() -> None:
+        parent = parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=wait_and_end, daemon=True).start()
+
+
+def _run_on_ray(work: Callable[[Job], Result], jobs: Iterator[Job], workers: int) -> Iterator[Result]:
     try:
         import ray
     except ImportError as error:

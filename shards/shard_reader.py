@@ -24,13 +24,17 @@ _OWN = re.compile(r"image_id|source|split|class|captions|caption_\w+|width|heigh
 
 
 def read_tar(pattern: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
-    """Samples of tars; those of a `pair` layout are put together again by image id."""
+    """Samples of tars; those of a `pair` layout are put together again by image id.
+
+    Where several sources are joined by ::, the name of each goes before its image ids, which may be alike otherwise.
+    """
     pairs: dict[str, dict[int, Entry]] = {}
-    for url in expand(pattern):
+    sources = pattern.split("::")
+    for prefix, url in ((f"{_name_of(source)}/", url) for source in sources for url in expand(source)):
         with store.open_read(url) as file:
             try:
                 for key, members in samples(file):
-                    entry, index = _entry(url, file, key, members, options)
+                    entry, index = _entry(url, file, key, members, options, prefix if len(sources) > 1 else "")
                     if isinstance(entry, Entry) and index is not None:
                         pairs.setdefault(entry.image_id or key, {})[index] = entry
                     else:
@@ -44,18 +48,17 @@ def read_tar(pattern: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
 
 
 def expand(pattern: str) -> list[str]:
-    """The tars of a brace pattern, of several joined by ::, of a folder, or the one that is named.
+    """The tars of a brace pattern, of a folder, or the one that is named.
 
     Raises:
         ShardError: there is none.
     """
     urls: list[str] = []
-    for part in pattern.split("::"):
-        for url in braceexpand.braceexpand(part):
-            if store.is_folder(url):
-                urls += [store.join(url, name) for name in store.listing(url) if name.endswith(".tar")]
-            else:
-                urls.append(url)
+    for url in braceexpand.braceexpand(pattern):
+        if store.is_folder(url):
+            urls += [store.join(url, name) for name in store.listing(url) if name.endswith(".tar")]
+        else:
+            urls.append(url)
     missing = [url for url in urls if not store.exists(url)]
     if missing or not urls:
         raise ShardError(f"{pattern}: {f'{missing[0]} does not exist' if missing else 'holds no .tar'}.")
@@ -63,7 +66,7 @@ def expand(pattern: str) -> list[str]:
 
 
 def _entry(
-    url: str, file: IO[bytes], key: str, members: list[Member], options: ReadOptions
+    url: str, file: IO[bytes], key: str, members: list[Member], options: ReadOptions, prefix: str
 ) -> tuple[Entry | Rejection, int | None]:
     by_extension = {member.extension: member for member in members}
     wanted = {options.image_member} if options.image_member else _IMAGES
@@ -87,7 +90,7 @@ def _entry(
         tuple(captions),
         split=about.get("split") or _split_of(url),
         label=about.get("class"),
-        image_id=about.get("image_id", key),
+        image_id=prefix + about.get("image_id", key),
         meta=meta,
         source=about.get("source", f"{store.base_name(url)}:{image.name}"),
     ), about.get("caption_index") if ours else None
@@ -118,6 +121,11 @@ def _bytes(file: IO[bytes], member: Member) -> bytes:
     data = file.read(member.size)
     file.seek(at)
     return data
+
+
+def _name_of(part: str) -> str:
+    """`ucm` for the folder data/ucm and for data/ucm/train-{000..007}.tar; the folder name tells data sets apart."""
+    return store.base_name(store.parent(part) if part.endswith(".tar") else part)
 
 
 def _split_of(url: str) -> str | None:

@@ -45,6 +45,7 @@ class ShardResult:
     captions: int
     size_bytes: int
     sha256: str
+    sums: tuple[int, ...]
     rejections: tuple[Rejection, ...] = ()
 
     def to_json(self) -> bytes:
@@ -56,12 +57,13 @@ class ShardResult:
         """The inverse of `to_json`."""
         row: dict[str, Any] = json.loads(data)
         rejections = tuple(Rejection(**item) for item in row.pop("rejections"))
-        return ShardResult(**row, rejections=rejections)
+        return ShardResult(**row | {"sums": tuple(row["sums"])}, rejections=rejections)
 
     def entry(self) -> dict[str, Any]:
         """The shard's row in the manifest."""
         row = asdict(self)
         del row["rejections"]
+        row["sums"] = " ".join(f"{crc:08x}" for crc in self.sums)
         return row
 
 
@@ -101,7 +103,9 @@ def write_shard(job: ShardJob) -> ShardResult:
                 " free some space and run the same command again to go on."
             ) from error
         raise
-    return ShardResult(job.file, job.split, written, len(images), captions, sink.size, digest, tuple(rejections))
+    return ShardResult(
+        job.file, job.split, written, len(images), captions, sink.size, digest, sink.sums, tuple(rejections)
+    )
 
 
 def _contents(job: ShardJob) -> Iterator[bytes | Exception | None]:

@@ -51,11 +51,18 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise ShardError(f"{url}: cannot be opened ({error}).") from error
 
 
+def _fresh(url: str) -> tuple[Any, str]:
+    """`filesystem` without cached listings: other processes write here too."""
+    fs, path = filesystem(url)
+    fs.invalidate_cache()
+    return fs, path
+
+
 def exists(url: str) -> bool:
     """True if `url` is a file or folder."""
     if is_local(url):
         return os.path.exists(local_path(url))
-    fs, path = filesystem(url)
+    fs, path = _fresh(url)
     return bool(fs.exists(path))
 
 
@@ -71,7 +78,7 @@ def size(url: str) -> int:
     """Bytes of a file."""
     if is_local(url):
         return os.path.getsize(local_path(url))
-    fs, path = filesystem(url)
+    fs, path = _fresh(url)
     return int(fs.size(path))
 
 
@@ -98,7 +105,7 @@ def listing(folder: str) -> list[str]:
         root = local_path(folder)
         found = (os.path.join(at, name) for at, _, names in os.walk(root, followlinks=True) for name in names)
         return sorted(os.path.relpath(path, root).replace(os.sep, "/") for path in found)
-    fs, path = filesystem(folder)
+    fs, path = _fresh(folder)
     cut = len(path.rstrip("/")) + 1
     return sorted(name[cut:] for name in fs.find(path))
 

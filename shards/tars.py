@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
 BLOCK = 512
+SUM_BYTES = 1 << 20
 END = bytes(2 * BLOCK)
 MEMBER_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # as webdataset splits key and extension
 
@@ -33,12 +35,33 @@ class Member(NamedTuple):
         return match.group(2).lower() if match else ""
 
 
+class BlockSums:
+    """CRC-32 of every mebibyte of what goes by, so that damage can be placed later."""
+
+    def __init__(self) -> None:
+        self.sums: list[int] = []
+        self._length = 0
+
+    def add(self, data: bytes) -> None:
+        """The next bytes."""
+        view = memoryview(data)
+        while view:
+            room = -self._length % SUM_BYTES
+            if not room:
+                self.sums.append(0)
+                room = SUM_BYTES
+            self.sums[-1] = zlib.crc32(view[:room], self.sums[-1])
+            self._length += min(room, len(view))
+            view = view[room:]
+
+
 class TarSink:
     """Append members to a file; the bytes depend on names and contents alone (time 0, owner 0, order given)."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._hash = hashlib.sha256()
+        self._sums = BlockSums()
         self.size = 0
 
     def add(self, name: str, data: bytes) -> None:
@@ -50,9 +73,15 @@ class TarSink:
         self._write(END)
         return self._hash.hexdigest()
 
+    @property
+    def sums(self) -> tuple[int, ...]:
+        """`BlockSums` of everything written."""
+        return tuple(self._sums.sums)
+
     def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._hash.update(data)
+        self._sums.add(data)
         self.size += len(data)
 
 
