@@ -158,11 +158,13 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
             RuntimeError: the checkpoint fits neither; the message names what is missing, as open_clip's would.
         """
         own = {key: value for key, value in self.state_dict().items() if key.startswith(_OWN_PREFIXES)}
-        if own and not any(key.startswith(_OWN_PREFIXES) for key in state_dict):
+        warm_start = bool(own) and not any(key.startswith(_OWN_PREFIXES) for key in state_dict)
+        if warm_start:
+            state_dict = {**own, **{key: value for key, value in state_dict.items() if key not in _ARCHIVE_KEYS}}
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if warm_start:
             _log.info("Warm start: towers loaded from a plain CLIP checkpoint, the MSA head keeps its initial values.")
-            towers = {key: value for key, value in state_dict.items() if key not in _ARCHIVE_KEYS}
-            state_dict = {**own, **towers}
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        return result
 
     def _encode_scales(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Global features before normalisation (I, E) and pooled vectors z_s."""

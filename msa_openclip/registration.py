@@ -248,14 +248,17 @@ def _keeping_tokenizer(original: Callable[..., Any], hf_tokenizer: type) -> Call
 
 
 def _as_built(config: dict[str, Any], model: Any, tokenizer: Any) -> dict[str, Any]:
-    """`config` with the image size and context length that the model was built with (`--force-*` change them)."""
+    """`config` with the geometry and activation that the model was built with (`--force-*` change them)."""
     text_cfg, vision_cfg = dict(config["text_cfg"]), dict(config["vision_cfg"])
-    length = getattr(tokenizer, "context_length", None)
+    # Towers of Hugging Face do not know how long the texts are.
+    length = getattr(model.text if hasattr(model.text, "token_embedding") else tokenizer, "context_length", None)
     if length is not None:
         text_cfg["context_length"] = length
     size = model.visual.image_size
     vision_cfg["image_size"] = size[0] if isinstance(size, (tuple, list)) and len(set(size)) == 1 else size
-    return {**config, "custom_text": True, "text_cfg": text_cfg, "vision_cfg": vision_cfg}
+    quick_gelu = any(type(module).__name__ == "QuickGELU" for module in model.modules())
+    built = {"custom_text": True, "text_cfg": text_cfg, "vision_cfg": vision_cfg}
+    return {**config, **built, **({"quick_gelu": True} if quick_gelu else {})}
 
 
 # ---- validation while training
