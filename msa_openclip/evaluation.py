@@ -70,6 +70,8 @@ class Evaluation:
     """The field's protocol."""
     merged: dict[str, Retrieval]
     """Identical captions as one query with several right images."""
+    images: EncodedImages
+    """The encoded images, in the order of `data`."""
 
     def summaries(self, ties: Ties = "expected", *, merged: bool = False) -> dict[str, dict[str, float]]:
         """Metrics by ranking: recalls and mR in percent, mean and median ranks."""
@@ -102,7 +104,7 @@ def evaluate(
     images = _encode_images(scorer, data, preprocess, options, peers)
     strips = _Strips(scorer, data, tokenizer, images, options, peers)
     right = strips.right_scores()
-    return Evaluation(data, *strips.count(right))
+    return Evaluation(data, *strips.count(right), images)
 
 
 def _encode_images(
