@@ -142,10 +142,12 @@ def _estimate(plan: Plan) -> dict[str, dict[str, Any]]:
     for split in SPLITS:
         shards = [shard.file for shard in plan.shards if shard.split == split]
         if shards:
-            samples = plan.size(split)
-            size = samples * (plan.image_bytes + 3072)  # three headers, text and JSON, with their padding
-            pattern = manifest.brace_pattern(shards)
-            splits[split] = {"shards": len(shards), "pattern": pattern, "samples": samples, "size_bytes": size}
+            splits[split] = {
+                "shards": len(shards),
+                "pattern": manifest.brace_pattern(shards),
+                "samples": plan.size(split),
+                "size_bytes": plan.estimated_bytes(split),
+            }
     return splits
 
 

@@ -22,6 +22,7 @@ from .options import BuildOptions
 from .records import SPLITS, Location, Record, Rejection
 
 _LEAST_SAMPLES = 8  # per shard, when we choose the number of shards
+_BESIDE_IMAGE = 3072  # bytes of a sample: three headers, text and JSON, with their padding
 _SIZED_IMAGES = 200  # images measured to estimate the size of all
 
 
@@ -66,14 +67,14 @@ class Plan:
         """SHA-256 over all records: two builds with the same digest and options give the same shards."""
         return self._digest.hexdigest()
 
-    @property
-    def image_bytes(self) -> int:
-        """Mean size of an image, from a sample of them."""
-        return round(sum(self._measured) / max(1, len(self._measured)))
-
     def size(self, split: str) -> int:
         """Samples of a split."""
         return len(self._orders.get(split, ()))
+
+    def estimated_bytes(self, split: str) -> int:
+        """About how large a split's shards will be, if its images pass untouched; from the sizes of some of them."""
+        image_bytes = sum(self._measured) / max(1, len(self._measured))
+        return round(self.size(split) * (image_bytes + _BESIDE_IMAGE))
 
     def samples(self, shard: ShardPlan) -> list[Sample]:
         """The samples of a shard in their order."""
@@ -118,16 +119,16 @@ class Plan:
         samples = self.size(split)
         if not samples:
             return []
-        count = min(self.options.shards or self._shards_for(samples), samples)
+        count = min(self.options.shards or self._shards_for(split), samples)
         bounds = [round(index * samples / count) for index in range(count + 1)]
         prefix = f"{self.options.name}-{split}" if self.options.name else split
         return [
             ShardPlan(split, f"{prefix}-{index:06d}.tar", bounds[index], bounds[index + 1]) for index in range(count)
         ]
 
-    def _shards_for(self, samples: int) -> int:
+    def _shards_for(self, split: str) -> int:
         """Enough for `shard_mb`, in a multiple of the readers, unless shards got tiny."""
-        by_size = math.ceil(samples * (self.image_bytes + 2048) / (self.options.shard_mb * 1e6))
+        by_size = math.ceil(self.estimated_bytes(split) / (self.options.shard_mb * 1e6))
         readers = self.options.readers
         wanted = math.ceil(by_size / readers) * readers
-        return max(1, min(wanted, samples // _LEAST_SAMPLES))
+        return max(1, min(wanted, self.size(split) // _LEAST_SAMPLES))
