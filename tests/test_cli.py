@@ -225,9 +225,7 @@ def test_classify_knows_nothing_from_constant_scores(checkpoints, class_folder: 
     model = load(checkpoints["tiny-ViT"])
     constant = EncodedTexts(torch.ones(2, 24) / 24**0.5, None)
     monkeypatch.setattr(model.scorer, "texts", lambda ids: constant)
-    found = classify(
-        LoadedModel("x", model.scorer, model.preprocess, model.tokenizer), read_class_folder(str(class_folder)), ("{}",)
-    )
+    found = classify(model, read_class_folder(str(class_folder)), ("{}",))
     assert found.top1 == {"global": 50.0}
 
 
