@@ -11,6 +11,7 @@ import types
 from collections.abc import Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
+from . import store
 from .build import build
 from .engines import ENGINES
 from .options import BuildOptions, ImageOptions, ReadOptions
@@ -40,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_build(commands)
     _add_reshard(commands)
     _add_verify(commands)
+    _add_info(commands)
     _add_synthesize(commands)
     return parser
 
@@ -64,6 +66,7 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--strict", action="store_true", help="fail at the first problem instead of rejecting the image")
     group.add_argument("--overwrite", action="store_true", help="replace another build in OUT")
     group.add_argument("--dry-run", action="store_true", help="plan and estimate, write nothing")
+    group.add_argument("--report", action="store_true", help="write report.json and report.html beside the shards")
     group.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -87,6 +90,12 @@ def _run_build(parsed: argparse.Namespace, read: ReadOptions) -> None:
         progress=not parsed.quiet,
     )
     print(summary.text())
+    if parsed.report and not parsed.dry_run:
+        from . import report, report_page
+
+        made = report.report([parsed.out])
+        store.write_bytes(store.join(parsed.out, "report.json"), made.json().encode())
+        store.write_bytes(store.join(parsed.out, "report.html"), report_page.page(made).encode())
 
 
 def _add_reshard(commands: Any) -> None:
@@ -121,6 +130,33 @@ def _verify(parsed: argparse.Namespace) -> int:
     found = verify(parsed.folder, decode=parsed.decode, workers=parsed.workers, progress=not parsed.quiet)
     print(found.text())
     return 0 if found.ok else 1
+
+
+def _add_info(commands: Any) -> None:
+    command = commands.add_parser("info", help="what is in shards: counts, captions, duplicates; as text, JSON or HTML")
+    command.add_argument("folders", nargs="+", help="folders of shards; of several also the images that they share")
+    command.add_argument("--json", metavar="FILE", help="write the report as JSON")
+    command.add_argument("--html", metavar="FILE", help="write the report as a page with plots and samples")
+    command.add_argument("--tokenizer", metavar="MODEL", help="open_clip model whose tokenizer measures the captions")
+    command.add_argument(
+        "--look-alikes", type=int, nargs="?", const=2, metavar="BITS",
+        help="find images whose perceptual hashes differ in at most BITS of 64 (default: 2; decodes every image)",
+    )  # fmt: skip
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.set_defaults(run=_info)
+
+
+def _info(parsed: argparse.Namespace) -> None:
+    from . import report, report_page
+
+    made = report.report(
+        parsed.folders, near_bits=parsed.look_alikes, tokenizer=parsed.tokenizer, progress=not parsed.quiet
+    )
+    print(report.text(made.content))
+    if parsed.json:
+        store.write_bytes(parsed.json, made.json().encode())
+    if parsed.html:
+        store.write_bytes(parsed.html, report_page.page(made).encode())
 
 
 def _add_synthesize(commands: Any) -> None:
