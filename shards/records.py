@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
@@ -65,7 +65,9 @@ class Record:
 
     def to_line(self) -> bytes:
         """One JSON line, the form in which the plan keeps records on disk."""
-        return json.dumps(asdict(self), separators=(",", ":")).encode() + b"\n"
+        row = {name: getattr(self, name) for name in self.__slots__}
+        row["image"] = {name: getattr(self.image, name) for name in self.image.__slots__}
+        return json.dumps(row, separators=(",", ":")).encode() + b"\n"
 
     @staticmethod
     def from_line(line: bytes) -> Record:

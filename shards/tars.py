@@ -12,6 +12,11 @@ from typing import IO, NamedTuple
 BLOCK = 512
 SUM_BYTES = 1 << 20
 END = bytes(2 * BLOCK)
+_BEFORE_SIZE = b"0000644\0" + b"0000000\0" * 2  # mode, owner, group
+_AFTER_SIZE = b"\0" + b"0" * 11 + b"\0"  # time
+_CHECKSUM_END = b"\0 "
+_REST = b"0" + bytes(100) + b"ustar\00000" + bytes(247)  # a file, no link, no names
+_FIXED_SUM = sum(_BEFORE_SIZE) + sum(_AFTER_SIZE) + 8 * ord(" ") + sum(_REST)  # the checksum itself counts as spaces
 MEMBER_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # as webdataset splits key and extension
 
 
@@ -86,10 +91,11 @@ class TarSink:
 
 
 def _header(name: str, size: int) -> bytes:
-    info = tarfile.TarInfo(name)
-    info.size = size
-    info.mode = 0o644
-    return info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+    """The ustar header of a file of mode 644, owner 0, time 0: as tarfile writes it, several times as fast."""
+    encoded, octal = name.encode("ascii"), b"%011o" % size
+    assert len(encoded) <= 100 and len(octal) == 11, name  # noqa: PT018 -- keys are kept short; ustar ends at 8 GiB
+    checksum = b"%06o" % (sum(encoded) + sum(octal) + _FIXED_SUM)
+    return b"".join((encoded.ljust(100, b"\0"), _BEFORE_SIZE, octal, _AFTER_SIZE, checksum, _CHECKSUM_END, _REST))
 
 
 def members(file: IO[bytes]) -> Iterator[Member]:
@@ -103,6 +109,10 @@ def members(file: IO[bytes]) -> Iterator[Member]:
             if info.isreg():
                 yield Member(info.name, info.offset_data, info.size)
             tar.members = []  # type: ignore[attr-defined]  # TarFile would keep every header
+        # TarFile takes a header that it cannot read, and the end of the file, for the end of the archive.
+        file.seek(tar.offset)
+        if file.read(BLOCK) != bytes(BLOCK):
+            raise tarfile.ReadError(f"neither a member nor the end mark at byte {tar.offset:,}")
 
 
 def samples(file: IO[bytes]) -> Iterator[tuple[str, list[Member]]]:
