@@ -10,6 +10,8 @@ COMMANDS = {
     "eval": ("msa_openclip.eval_command", "retrieval metrics of models, side by side"),
     "classify": ("msa_openclip.classify_command", "zero-shot scene classification"),
     "best": ("msa_openclip.best_command", "best epoch of each run by validation, tested once; seeds as mean +- sd"),
+    "index": ("msa_openclip.index_command", "images to an index on disk"),
+    "search": ("msa_openclip.search_command", "texts or pictures against an index"),
     "shards": ("msa_openclip.shards.command_line", "captions and images to shards, synthetic scenes, checks"),
 }
 """Subcommand -> (module with `main(arguments) -> exit code`, one line of help)."""

@@ -13,8 +13,8 @@ import json
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ class CaptionedImage:
     captions: tuple[str, ...]
     """May be empty: the image then only distracts."""
     label: str | None = None
+    about: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """What else shards know of it: `geo` (crs, bounds, gsd_m), `meta`."""
 
 
 class EvalSet:
@@ -144,7 +146,9 @@ def _read_shard(url: str) -> Iterator[CaptionedImage]:
             about = json.loads(_bytes(file, members["json"])) if "json" in members else {}
             image_id = about.get("image_id") or "sha256:" + hashlib.sha256(_bytes(file, image)).hexdigest()
             captions = tuple(filter(None, map(clean_caption, text.splitlines())))
-            yield CaptionedImage(image_id, Location(url, image.offset, image.size), captions, about.get("class"))
+            place = Location(url, image.offset, image.size)
+            known = {key: about[key] for key in ("geo", "meta") if key in about}
+            yield CaptionedImage(image_id, place, captions, about.get("class"), known)
 
 
 def _bytes(file: io.IOBase | Any, member: tars.Member) -> bytes:
@@ -201,6 +205,18 @@ def read_csv(path: str, image_key: str, caption_key: str, separator: str = "\t")
         for row in rows:
             found.setdefault(row[image_key], []).append(clean_caption(row[caption_key]))
     return [CaptionedImage(name, Location(name), tuple(filter(None, texts))) for name, texts in found.items()]
+
+
+def read_folder(folder: str) -> list[CaptionedImage]:
+    """All images below a folder, also GeoTIFFs, known by their path; without captions.
+
+    Raises:
+        EvalDataError: there is none.
+    """
+    names = [name for name in store.listing(folder) if name.lower().endswith(shard_images.EXTENSIONS)]
+    if not names:
+        raise EvalDataError(f"{folder}: no images; known are {', '.join(shard_images.EXTENSIONS)}.")
+    return [CaptionedImage(name, Location(store.join(folder, name)), ()) for name in names]
 
 
 def read_class_folder(folder: str) -> list[CaptionedImage]:

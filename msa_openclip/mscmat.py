@@ -50,8 +50,11 @@ class ScaleHead(nn.Module):
 
     def fold_image(self, pooled: Tensor, norm: WideLayerNorm) -> ImageSide:
         """(I, C_s) pooled vectors z_s -> q, u, g, r of this scale."""
+        return self.fold_projected(self.project(pooled), norm)
+
+    def fold_projected(self, projected: Tensor, norm: WideLayerNorm) -> ImageSide:
+        """(I, D) projected vectors m -> q, u, g, r of this scale."""
         width, heads = self.attention.embed_dim, self.attention.num_heads
-        projected = self.project(pooled)  # m (I, D)
         normalised = norm(projected)
         query_weight, query_bias = self.attention.in_proj_weight[:width], self.attention.in_proj_bias[:width]
         query = F.linear(normalised, query_weight, query_bias) / math.sqrt(width // heads)
@@ -105,6 +108,15 @@ class MSCMAT(nn.Module):
     def fold_image(self, pooled: Sequence[Tensor]) -> ImageSide:
         """Pooled vectors z_s, S tensors of (I, C_s) -> ImageSide."""
         sides = [head.fold_image(z, self.ln_image) for head, z in zip(self.heads, pooled, strict=True)]
+        return ImageSide(*(torch.stack(field, dim=1) for field in zip(*sides, strict=True)))
+
+    def project_image(self, pooled: Sequence[Tensor]) -> Tensor:
+        """Pooled vectors z_s, S tensors of (I, C_s) -> projected vectors m (I, S, D), what an index keeps."""
+        return torch.stack([head.project(z) for head, z in zip(self.heads, pooled, strict=True)], dim=1)
+
+    def fold_projected(self, projected: Tensor) -> ImageSide:
+        """Projected vectors m (I, S, D) -> ImageSide, as `fold_image` makes it of the pooled ones."""
+        sides = [head.fold_projected(projected[:, s], self.ln_image) for s, head in enumerate(self.heads)]
         return ImageSide(*(torch.stack(field, dim=1) for field in zip(*sides, strict=True)))
 
     def fold_text(self, tokens: Tensor, mask: Tensor, feature: Tensor) -> TextSide:

@@ -83,6 +83,23 @@ class Scorer:
                 return EncodedImages(feature.float(), ImageSide(*(field.float() for field in side)))
             return EncodedImages(F.normalize(self.model.encode_image(pixels).float(), dim=-1), None)
 
+    def project(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What an index keeps of images (I, 3, h, w): global features (I, E) and MSCMAT's vectors m (I, S, D)."""
+        pixels = pixels.to(self.device, self.input_dtype)
+        with torch.inference_mode(), self._cast():
+            if not self.has_match:
+                return F.normalize(self.model.encode_image(pixels).float(), dim=-1), None
+            feature, pooled = self.model.pooled_scales(pixels)
+            return feature.float(), self.model.mscmat.project_image(pooled).float()
+
+    def fold(self, feature: Tensor, projected: Tensor | None) -> EncodedImages:
+        """Global features (I, E) and vectors m (I, S, D) of an index, ready to score."""
+        if projected is None:
+            return EncodedImages(feature, None)
+        with torch.inference_mode(), self._cast():
+            side = self.model.mscmat.fold_projected(projected.to(self.device, self.input_dtype))
+            return EncodedImages(feature, ImageSide(*(field.float() for field in side)))
+
     def texts(self, ids: Tensor) -> EncodedTexts:
         """Encode token ids (T, L)."""
         ids = ids.to(self.device)
