@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from multiprocessing import get_context, parent_process
-from threading import Thread
-from typing import Any, TypeVar
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from queue import SimpleQueue
+from typing import Any
 
 from .records import ShardError
+from .worker import Job, Result, Worker
 
 ENGINES = ("auto", "process", "thread", "ray")
-Job = TypeVar("Job")
-Result = TypeVar("Result")
 
 
 def run(
@@ -36,14 +33,36 @@ def run(
     elif workers == 1:
         yield from map(work, jobs)
     elif engine == "thread" or in_memory:
-        yield from _run_in_pool(work, jobs, ThreadPoolExecutor(workers), workers)
+        yield from _run_in_threads(work, jobs, workers)
     else:
-        # A spawned process starts clean: it inherits no locks or threads of the caller.
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent)
-        yield from _run_in_pool(work, jobs, pool, workers)
+        yield from _run_in_processes(work, jobs, workers)
 
 
-def _run_in_pool(work: Callable[[Job], Result], jobs: Iterator[Job], pool: Executor, workers: int) -> Iterator[Result]:
+def _run_in_processes(work: Callable[[Job], Result], jobs: Iterator[Job], workers: int) -> Iterator[Result]:
+    """A thread for each worker process, which hands it jobs and waits for it."""
+    idle: SimpleQueue[Worker] = SimpleQueue()
+    started = [Worker() for _ in range(workers)]
+    for worker in started:
+        idle.put(worker)
+
+    def hand_over(job: Job) -> Result:
+        worker = idle.get()
+        try:
+            return worker.call(work, job)
+        finally:
+            idle.put(worker)
+
+    def stop() -> None:
+        for worker in started:
+            worker.stop()
+
+    yield from _run_in_threads(hand_over, jobs, workers, stop)
+
+
+def _run_in_threads(
+    work: Callable[[Job], Result], jobs: Iterator[Job], workers: int, stop: Callable[[], None] = lambda: None
+) -> Iterator[Result]:
+    pool = ThreadPoolExecutor(workers)
     pending: set[Future[Result]] = set()
     try:
         while True:
@@ -54,19 +73,8 @@ def _run_in_pool(work: Callable[[Job], Result], jobs: Iterator[Job], pool: Execu
             for future in done:
                 yield future.result()
     finally:
+        stop()
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """A killed build must not leave its workers waiting for ever."""
-
-    def wait_and_end() -> None:
-        parent = parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    Thread(target=wait_and_end, daemon=True).start()
 
 
 def _run_on_ray(work: Callable[[Job], Result], jobs: Iterator[Job], workers: int) -> Iterator[Result]:

@@ -94,18 +94,18 @@ def _stem(name: str) -> str:
 
 
 def _split(entry: Entry, options: ReadOptions, seed: int) -> str:
-    if entry.split:
-        return options.renames.get(entry.split, entry.split)
-    if options.split:
-        return options.split
-    # A share is drawn by the image's name, so it does not move when images are added.
+    given = entry.split or options.split or "train"
+    split = options.renames.get(given, given)
+    if split != "train":
+        return split
+    # The share is drawn by the image's name, so that no image moves when others are added.
     identity = entry.image_id or str(entry.image)
     draw = int.from_bytes(blake2b(f"holdout {seed} {identity}".encode(), digest_size=8).digest(), "big") / 2.0**64
     for name, share in options.shares.items():
         if draw < share:
             return name
         draw -= share
-    return "train"
+    return split
 
 
 def _locate(entry: Entry, folder: ImageFolder) -> Location | Rejection:

@@ -37,7 +37,9 @@ class ReadOptions:
     )
     split: str | None = _option(None, "split of images that name none (default: train)")
     split_map: tuple[str, ...] = _option((), "rename splits, e.g. validation=val,restval=train")
-    holdout: tuple[str, ...] = _option((), "share of the images without a split to hold out, e.g. val=0.1,test=0.1")
+    holdout: tuple[str, ...] = _option(
+        (), "share of the training images to hold out, drawn by name, e.g. val=0.1,test=0.1"
+    )
 
     def __post_init__(self) -> None:
         _require(self.kind in KINDS, f"kind: {self.kind!r} is unknown; choose one of {', '.join(KINDS)}.")

@@ -173,6 +173,16 @@ def test_holdout_is_a_stable_share(tmp_path: Path) -> None:
     assert images("b") == {name for name in before if int(name.split("/")[1]) >= 60}
 
 
+def test_a_missing_val_split_is_held_out_of_train_and_test_is_left_alone(tmp_path: Path) -> None:
+    source = karpathy(tmp_path / "in", {"train": 80, "test": 20})
+    options = BuildOptions(shards=1, read=ReadOptions(holdout=("val=0.2",)))
+    summary = build(str(source), str(tmp_path / "out"), images=str(tmp_path / "in/images"), options=options)
+    counts = {split: row["images"] for split, row in summary.splits.items()}
+    assert counts["test"] == 20
+    assert counts["train"] + counts["val"] == 80
+    assert 8 <= counts["val"] <= 26
+
+
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)

