@@ -12,6 +12,7 @@ COMMANDS = {
     "best": ("msa_openclip.best_command", "best epoch of each run by validation, tested once; seeds as mean +- sd"),
     "index": ("msa_openclip.index_command", "images to an index on disk"),
     "search": ("msa_openclip.search_command", "texts or pictures against an index"),
+    "explain": ("msa_openclip.explain_command", "words and places behind the score of an image and a text"),
     "shards": ("msa_openclip.shards.command_line", "captions and images to shards, synthetic scenes, checks"),
 }
 """Subcommand -> (module with `main(arguments) -> exit code`, one line of help)."""
