@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_reshard(commands)
     _add_verify(commands)
     _add_info(commands)
+    _add_clip_benchmark(commands)
     _add_synthesize(commands)
     return parser
 
@@ -157,6 +158,22 @@ def _info(parsed: argparse.Namespace) -> None:
         store.write_bytes(parsed.json, made.json().encode())
     if parsed.html:
         store.write_bytes(parsed.html, report_page.page(made).encode())
+
+
+def _add_clip_benchmark(commands: Any) -> None:
+    command = commands.add_parser(
+        "clip-benchmark", help="show image shards to CLIP_benchmark under the names it expects"
+    )
+    command.add_argument("folder", help="folder of shards, layout image")
+    command.add_argument("out", help="folder for links (or copies) of the shards")
+    command.set_defaults(run=_clip_benchmark)
+
+
+def _clip_benchmark(parsed: argparse.Namespace) -> None:
+    from .clip_benchmark import link_for_clip_benchmark
+
+    name = link_for_clip_benchmark(parsed.folder, parsed.out)
+    print(f"clip_benchmark eval --dataset {name} --dataset_root {parsed.out} --task zeroshot_retrieval")
 
 
 def _add_synthesize(commands: Any) -> None:

@@ -10,8 +10,9 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from msa_openclip.shards import BuildOptions, ImageOptions, ShardError, build
 from shards_data import karpathy, picture_bytes, real_data, shard_bytes, tar_members
+
+from msa_openclip.shards import BuildOptions, ImageOptions, ShardError, build
 
 COUNTS = {"train": 23, "val": 5, "test": 3}
 

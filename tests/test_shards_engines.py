@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from msa_openclip.shards import ShardError, engines
 from shards_data import karpathy
+
+from msa_openclip.shards import ShardError, engines
 
 
 def test_results_of_all_jobs_come_back_from_other_processes() -> None:

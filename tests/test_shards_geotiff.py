@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from msa_openclip.shards import BuildOptions, ImageOptions, ShardError, build
 from PIL import Image
 from shards_data import tar_members
+
+from msa_openclip.shards import BuildOptions, ImageOptions, ShardError, build
 
 rasterio = pytest.importorskip("rasterio", reason="rasterio (extra geo) is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from shards_data import picture, picture_bytes
+
 from msa_openclip.shards import ImageOptions, ShardError
 from msa_openclip.shards.images import prepare
 from msa_openclip.shards.records import ImageProblem
-from PIL import Image
-from shards_data import picture, picture_bytes
 
 
 def encoded(image: Image.Image, format: str, **save: object) -> bytes:

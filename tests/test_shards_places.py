@@ -14,9 +14,10 @@ from typing import Any
 
 import fsspec
 import pytest
+from shards_data import karpathy, real_data, shard_bytes, tar_members
+
 from msa_openclip.shards import BuildOptions, ShardError, build, verify
 from msa_openclip.shards.command_line import main
-from shards_data import karpathy, real_data, shard_bytes, tar_members
 
 OPTIONS = BuildOptions(shards=3, name="tiny")
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from shards_data import karpathy, picture, picture_bytes, real_data, tar_members
+
 from msa_openclip.shards import BuildOptions, ReadOptions, ShardError, build
 from msa_openclip.shards.folders import class_words
 from msa_openclip.shards.readers import detect, read
 from msa_openclip.shards.records import Entry, Rejection
-from PIL import Image
-from shards_data import karpathy, picture, picture_bytes, real_data, tar_members
 
 
 def entries(source: Path | str, **options: Any) -> list[Entry]:

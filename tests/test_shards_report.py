@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from shards_data import karpathy, real_data
+
 from msa_openclip.shards import BuildOptions, ReadOptions, ShardError, build
 from msa_openclip.shards.command_line import main
 from msa_openclip.shards.duplicates import equal_groups, near_groups
 from msa_openclip.shards.report import report, text
-from PIL import Image
-from shards_data import karpathy, real_data
 
 
 @pytest.fixture

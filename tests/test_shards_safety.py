@@ -17,10 +17,11 @@ from typing import Any
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+from shards_data import karpathy, shard_bytes, tar_members
+
 from msa_openclip.shards import BuildOptions, ImageOptions, ShardError, build, verify
 from msa_openclip.shards.command_line import main
 from msa_openclip.shards.shard_writer import DiskFull
-from shards_data import karpathy, shard_bytes, tar_members
 
 
 @pytest.fixture

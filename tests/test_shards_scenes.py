@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from shards_data import shard_bytes, tar_members
+
 from msa_openclip.shards import ShardError
 from msa_openclip.shards.command_line import main
 from msa_openclip.shards.scenes import CLASSES, scene, synthesize
-from PIL import Image
-from shards_data import shard_bytes, tar_members
 
 
 def test_a_scene_depends_on_seed_split_and_index_alone() -> None:

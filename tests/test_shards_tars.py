@@ -11,9 +11,10 @@ import zlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from webdataset.tariterators import base_plus_ext
+
 from msa_openclip.shards.records import KEY_LIMIT, sample_key
 from msa_openclip.shards.tars import SUM_BYTES, BlockSums, TarSink, members, samples
-from webdataset.tariterators import base_plus_ext
 
 NAMES = st.text(string.ascii_letters + string.digits + "/+-_.%", min_size=1, max_size=100)
 
