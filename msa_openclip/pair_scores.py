@@ -5,6 +5,9 @@ Shapes: I images, T texts, S scales, N text tokens, H heads, d width of a head, 
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -100,7 +103,18 @@ def _fastest_attention(query: Tensor, key: Tensor) -> PairAttention:
     """The implementation for this device, precision and size; all agree to rounding."""
     if query.device.type == "cpu" and query.shape[0] * key.shape[:-1].numel() >= TILED_FROM:
         return tiled_attention
+    if query.device.type == "cuda" and (fused := _fused_attention()) and fused.takes(query, key):
+        kernel: PairAttention = fused.triton_attention
+        return kernel
     return eager_attention
+
+
+@cache
+def _fused_attention() -> ModuleType | None:
+    """The Triton kernels, imported when first wanted; None where this torch came without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module(".pair_scores_triton", __package__)
 
 
 def _check_sides(images: ImageSide, texts: TextSide) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -25,7 +27,18 @@ from msa_openclip.pair_scores import (
 )
 from msa_openclip.pair_scores_cpu import tiled_attention
 
+# Without a GPU the Triton kernels run in Triton's interpreter, which it is asked for before it is imported.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
 IMPLEMENTATIONS: dict[str, PairAttention] = {"eager": eager_attention, "tiled": tiled_attention}
+if importlib.util.find_spec("triton"):
+    pair_scores_triton = importlib.import_module("msa_openclip.pair_scores_triton")
+    IMPLEMENTATIONS["triton"] = pair_scores_triton.triton_attention
+    if DEVICE == "cpu":  # Small programs: several of them even here, and quicker to interpret.
+        small = pair_scores_triton.Launch(images=16, columns=32, warps=4, stages=1)
+        pair_scores_triton.LAUNCHES.update({2: small, 4: small})
 FLOAT64 = ("eager", "tiled")
 """Implementations that take float64; the others are held to a float32 tolerance."""
 
