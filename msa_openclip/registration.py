@@ -1,4 +1,4 @@
-"""The only file that touches open_clip's names: configs, tags, model class, loss, saving for the hub, validation.
+"""The only file that touches open_clip's names: configs, tags, model class, loss, saving for the hub, data, validation.
 
 A model whose configuration has the key `msa_cfg` is ours; for every other model open_clip's own functions run.
 `autoload` calls `extend` with each watched module right after it has executed, so this file imports nothing heavy.
@@ -277,8 +277,27 @@ def _extend_train(train: ModuleType) -> None:
     _replace(train, "evaluate", evaluate)
 
 
+# ---- training data
+
+
+def _extend_train_data(data: ModuleType) -> None:
+    """Let MSA models read shards by our loader; `get_dataset_fn` looks open_clip's own up under this name."""
+    original = data.get_wds_dataset
+
+    @functools.wraps(original)
+    def get_wds_dataset(args: Any, *positional: Any, **named: Any) -> Any:
+        if _msa_cfg(getattr(args, "model", ""), getattr(args, "cache_dir", None)) is None:
+            return original(args, *positional, **named)
+        from . import data as shard_data
+
+        return shard_data.get_wds_dataset(args, *positional, **named)
+
+    _replace(data, "get_wds_dataset", get_wds_dataset)
+
+
 _EXTENSIONS: dict[str, Callable[[ModuleType], None]] = {
     "open_clip.factory": _extend_factory,
     "open_clip.push_to_hf_hub": _extend_push_to_hf_hub,
+    "open_clip_train.data": _extend_train_data,
     "open_clip_train.train": _extend_train,
 }
