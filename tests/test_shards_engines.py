@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from shards_data import karpathy
+from shards_data import karpathy, shard_bytes
 
 from msa_openclip.shards import ShardError, engines
 
@@ -82,3 +82,12 @@ def test_an_interrupted_build_removes_its_half_written_files(tmp_path: Path) -> 
     assert process.returncode == 130
     assert errors == "interrupted; the same command goes on from here\n"
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".build"]
+
+
+def test_a_clone_without_installation_builds_in_parallel(tmp_path: Path) -> None:
+    source = karpathy(tmp_path / "in", {"train": 12})
+    for package, workers in (("shards", "2"), ("msa_openclip.shards", "1")):
+        arguments = [str(source), str(tmp_path / package), "--images", str(source.parent / "images"), "--shards", "3"]
+        command = [sys.executable, "-m", package, "build", *arguments, "--workers", workers, "--quiet"]
+        subprocess.run(command, check=True, cwd=Path(__file__).parents[1], capture_output=True)
+    assert shard_bytes(tmp_path / "shards") == shard_bytes(tmp_path / "msa_openclip.shards") != {}
