@@ -12,7 +12,7 @@ from .evaluation import evaluate
 from .loading import load
 
 EXAMPLES = """examples:
-  msa-openclip eval MSA-ViT-B-32=logs/ucm/checkpoints/epoch_9.pt ViT-B-32=openai --shards 'ucm/test-{000..003}.tar'
+  msa-openclip eval MSA-ViT-B=logs/ucm/checkpoints/epoch_9.pt ViT-B-32=openai --shards 'ucm/test-{000..003}.tar'
   msa-openclip eval ViT-B-32=RemoteCLIP-ViT-B-32.pt --captions dataset_ucm.json --images images --html ucm.html
 """
 

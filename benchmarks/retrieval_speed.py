@@ -1,0 +1,185 @@
+"""Time of exhaustive ranking, and of single queries over large indexes, on synthetic records.
+
+    python benchmarks/retrieval_speed.py ranking --out docs/results/retrieval_ranking.json
+    python benchmarks/retrieval_speed.py search --records 10000 100000 1000000 --out docs/results/retrieval_search.json
+
+`ranking` is everything after the towers for a test set of RSICD's size: fold, scores of every pair by every ranking,
+ranks both ways in both protocols.  `search` is a whole query: text tower, nearest by global features, MSCMAT on K
+candidates.  Weights are random, vectors are drawn around 2,000 centres; neither changes the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from msa_openclip import evaluation
+from msa_openclip.eval_data import CaptionedImage, EvalSet
+from msa_openclip.evaluation import EvalOptions, evaluate
+from msa_openclip.index import FORMAT, ImageIndex, fingerprint
+from msa_openclip.loading import LoadedModel, load
+from msa_openclip.nearest import nearest
+from msa_openclip.pair_scores import TextSide
+from msa_openclip.scoring import EncodedImages, EncodedTexts, Scorer
+from msa_openclip.search import Searcher
+from msa_openclip.shards.records import Location
+
+CAPTION_TOKENS = 16
+SEGMENT = 50_000
+KNOWN = {"place": {"url": "nowhere.tar", "offset": 512, "size": 20000}, "captions": [], "label": "x", "about": {}}
+QUERIES = ("many planes are parked beside a terminal", "a river winds through green fields near a village")
+
+
+class AfterTowers(Scorer):
+    """Random vectors in the place of what the towers give."""
+
+    def images(self, pixels: torch.Tensor) -> EncodedImages:
+        mscmat = self.model.mscmat
+        feature = F.normalize(torch.randn(len(pixels), self.model.text.output_dim), dim=-1)
+        with torch.inference_mode():
+            return self.fold(feature, torch.randn(len(pixels), self.scales, mscmat.ln_image.normalized_shape[0]))
+
+    def texts(self, ids: torch.Tensor) -> EncodedTexts:
+        mscmat = self.model.mscmat
+        width = mscmat.ln_text.normalized_shape[0]
+        feature = F.normalize(torch.randn(len(ids), self.model.text.output_dim), dim=-1)
+        mask = torch.ones(len(ids), CAPTION_TOKENS, dtype=torch.bool)
+        with torch.inference_mode():
+            side = mscmat.fold_text(torch.randn(len(ids), CAPTION_TOKENS, width), mask, feature)
+            return EncodedTexts(feature, TextSide(*side))
+
+
+def ranking(model: LoadedModel, images: int, captions: int, rounds: int, memory_mb: int) -> dict[str, object]:
+    """Seconds to rank `images` x `captions` both ways."""
+    per_image = captions // images
+    some = [
+        CaptionedImage(str(i), Location("nowhere"), tuple(f"{i} {n}" for n in range(per_image))) for i in range(images)
+    ]
+    data = EvalSet(some, "synthetic")
+    evaluation.batches = lambda images, preprocess, spans, workers: (torch.zeros(len(span), 1) for span in spans)
+    scorer, options = AfterTowers(model.scorer.model), EvalOptions(memory_mb=memory_mb)
+
+    def no_tokens(texts: list[str]) -> torch.Tensor:
+        return torch.zeros(len(texts), 1)
+
+    seconds = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        evaluate(scorer, data, model.preprocess, no_tokens, options)
+        seconds.append(time.perf_counter() - start)
+    pairs = images * len(data.texts)
+    median = statistics.median(seconds[1:] or seconds)  # the first round warms up
+    return {"images": images, "captions": captions, "memory_mb": memory_mb, "seconds": seconds[1:], "median_s": median,
+            "pairs_per_s": pairs / median, "rankings": len(scorer.rankings)}  # fmt: skip
+
+
+def write_index(folder: Path, model: LoadedModel, records: int) -> None:
+    """An index of random vectors, as `build_index` lays it out."""
+    generator = np.random.default_rng(0)
+    width, scales = model.scorer.model.text.output_dim, model.scorer.scales
+    centres = generator.standard_normal((2000, width), dtype=np.float32)
+    segments = []
+    for start in range(0, records, SEGMENT):
+        count = min(SEGMENT, records - start)
+        name = f"{start:016x}"
+        (folder / name).mkdir(parents=True)
+        noise = generator.standard_normal((count, width), dtype=np.float32)
+        features = centres[generator.integers(0, 2000, count)] + noise
+        features /= np.linalg.norm(features, axis=1, keepdims=True)
+        np.save(folder / name / "features.npy", features.astype(np.float16))
+        inner = model.scorer.model.mscmat.ln_image.normalized_shape[0]
+        projected = generator.standard_normal((count, scales, inner), dtype=np.float32).astype(np.float16)
+        np.save(folder / name / "projected.npy", projected)
+        rows = ({"image_id": f"tile_{start + row}", **KNOWN} for row in range(count))
+        (folder / name / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        segments.append({"name": name, "images": count})
+    manifest = {"format": FORMAT, "model": model.spec, "fingerprint": fingerprint(model.scorer), "segments": segments}
+    (folder / "index.json").write_text(json.dumps(manifest))
+
+
+def search(
+    model: LoadedModel, records: int, candidates: int, queries: int, kind: str, scratch: str
+) -> dict[str, object]:
+    """Milliseconds of single queries."""
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        root = Path(folder) / "index"
+        write_index(root, model, records)
+        size = {
+            name: sum(p.stat().st_size for p in root.rglob(name)) / records
+            for name in ("features.npy", "projected.npy")
+        }
+        start = time.perf_counter()
+        index = ImageIndex(str(root), model)
+        opened = time.perf_counter() - start
+        start = time.perf_counter()
+        find = nearest(index, kind)
+        built = time.perf_counter() - start
+        searcher = Searcher(index, candidates=candidates, nearest=find)
+        milliseconds, text_ms = [], []
+        for number in range(queries + 5):
+            text = f"{QUERIES[number % 2]} {number}"
+            start = time.perf_counter()
+            model.scorer.texts(model.tokenizer([text]))
+            text_ms.append(1e3 * (time.perf_counter() - start))
+            start = time.perf_counter()
+            searcher.by_text([text], k=10)
+            milliseconds.append(1e3 * (time.perf_counter() - start))
+        shutil.rmtree(root)
+    measured = sorted(milliseconds[5:])
+    return {"records": records, "candidates": candidates, "nearest": kind, "open_s": opened, "build_nearest_s": built,
+            "p50_ms": statistics.median(measured), "p95_ms": measured[int(0.95 * len(measured))],
+            "text_tower_p50_ms": statistics.median(text_ms[5:]), "bytes_per_image": size}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("ranking", "search"))
+    parser.add_argument("--model", default="MSA-ViT-B")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--images", type=int, default=1093)
+    parser.add_argument("--captions", type=int, default=5465)
+    parser.add_argument("--memory-mb", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--records", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--candidates", type=int, default=256)
+    parser.add_argument("--queries", type=int, default=50)
+    parser.add_argument("--nearest", default="auto")
+    parser.add_argument("--scratch", help="folder for the synthetic index")
+    parser.add_argument("--out", required=True)
+    parsed = parser.parse_args()
+    torch.set_num_threads(parsed.threads)
+    model = load(f"{parsed.model}=untrained")
+    if parsed.what == "ranking":
+        rows = [ranking(model, parsed.images, parsed.captions, parsed.rounds, parsed.memory_mb)]
+    else:
+        rows = [
+            search(model, n, parsed.candidates, parsed.queries, parsed.nearest, parsed.scratch or tempfile.gettempdir())
+            for n in parsed.records
+        ]
+    for row in rows:
+        print(json.dumps(row))
+    setting = {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "threads": parsed.threads,
+        "model": parsed.model,
+        "torch": torch.__version__,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+    Path(parsed.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(parsed.out).write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
