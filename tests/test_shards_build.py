@@ -6,13 +6,22 @@ import json
 import logging
 import subprocess
 import sys
+import tempfile
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
+import fsspec
 import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from shards_data import karpathy, picture_bytes, real_data, shard_bytes, tar_members
 
-from msa_openclip.shards import BuildOptions, ImageOptions, ShardError, build
+from msa_openclip.shards import BuildOptions, ImageOptions, ShardError, build, intake
+from msa_openclip.shards.plan import Plan
+from msa_openclip.shards.records import Entry, Location
+from msa_openclip.shards.shard_writer import ShardJob, write_shard
 
 COUNTS = {"train": 23, "val": 5, "test": 3}
 
@@ -246,3 +255,29 @@ def test_truncation_is_found_without_decoding_for_every_passing_format() -> None
         assert prepare(data, ImageOptions()).data == data
         with pytest.raises(ImageProblem, match=r"cut short|cannot be decoded"):
             prepare(data[: len(data) * 2 // 3], ImageOptions())
+
+
+NAMES = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=30)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.dictionaries(NAMES.filter(lambda name: name.strip("/")), st.lists(st.text(max_size=40), max_size=4), max_size=6)
+)
+def test_any_name_and_caption_arrives_through_webdataset(sources: dict[str, list[str]]) -> None:
+    entries = [
+        Entry(Location("memory://any/0.jpg"), tuple(captions), image_id=name, split="train")
+        for name, captions in sources.items()
+    ]
+    fsspec.filesystem("memory").pipe_file("/any/0.jpg", picture_bytes(0))
+    options = BuildOptions(layout="pair", shards=1)
+    with Plan(intake.to_records(entries, "", options.read, 0), options) as plan, tempfile.TemporaryDirectory() as out:
+        expected = Counter((name, " ".join(text.split())) for name, texts in sources.items() for text in texts)
+        expected = Counter({pair: count for pair, count in expected.items() if pair[1]})
+        found: Counter[tuple[str, str]] = Counter()
+        for shard in plan.shards:
+            write_shard(ShardJob(shard.file, shard.split, out, tuple(plan.samples(shard)), options.image))
+            for sample in webdataset.WebDataset(f"{out}/{shard.file}", shardshuffle=False).decode():
+                assert sample["json"]["captions"] == [sample["txt"]]
+                found[sample["json"]["image_id"], sample["txt"]] += 1
+        assert found == expected
