@@ -1,0 +1,29 @@
+# Two commands do everything on a fresh machine with Python and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= out/demo
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint install clean
+
+demo: install  ## Build shards, train MSA-ViT-Ti on them, report recalls: make demo [UCM=folder with dataset_ucm.json and images/]
+	$(BIN)/python examples/quickstart.py --out $(OUT) $(if $(UCM),--captions $(UCM)/dataset_ucm.json --images $(UCM)/images) $(ARGS)
+
+test: install  ## Run the whole test suite: make test [ARGS="-k loss"]
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install  ## Lint and type checks
+	$(BIN)/ruff check .
+	$(BIN)/mypy msa_openclip
+	$(BIN)/mypy shards
+
+install: $(BIN)/.installed
+
+$(BIN)/.installed: setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[test,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info
