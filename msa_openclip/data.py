@@ -252,4 +252,4 @@ def _report(batches: Iterator[Any], pattern: str) -> Iterator[Any]:
     if not tally.usable:
         raise tally.nothing_usable(pattern)
     if tally.examples:
-        _log.warning("%s: %d samples could not be used:\n  %s", pattern, tally.problems, tally)
+        _log.warning("%s: %d problems with samples, which were left out:\n  %s", pattern, tally.problems, tally)

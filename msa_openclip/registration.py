@@ -7,6 +7,7 @@ A model whose configuration has the key `msa_cfg` is ours; for every other model
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import json
 import logging
@@ -115,7 +116,7 @@ def _is_usable(path: Path, known: set[str]) -> bool:
 
 def model_config(model_name: str, cache_dir: str | None = None) -> dict[str, Any] | None:
     """The configuration of an open_clip model by name, `local-dir:` or `hf-hub:`; None where none can be read."""
-    factory: Any = sys.modules["open_clip.factory"]
+    factory: Any = importlib.import_module("open_clip.factory")  # open_clip_train.data comes without it
     schema, identifier = factory.parse_model_name(model_name)
     try:
         if schema == "hf-hub" and cache_dir is not None:

@@ -105,7 +105,7 @@ def read_share(share: Share, tally: Tally, *, fill_cache: bool = True) -> Iterat
                     yield sample
     except tarfile.TarError as error:
         raise StreamError(
-            f"{share.url}: damaged, or not a tar ({error}). `msa-openclip shards verify` finds the place; "
+            f"{share.url}: damaged, or not a tar ({' '.join(str(error).split())}). `msa-openclip shards verify` finds the place; "
             "copy or build the shard again."
         ) from error
 

@@ -77,6 +77,7 @@ class RemoteFile:
     def __init__(self, url: str) -> None:
         self._url = url
         self._position = 0
+        self._block_bytes = BLOCK_BYTES
         self._file: Any = None
         retrying(url, self._open)
 
@@ -104,12 +105,12 @@ class RemoteFile:
 
     def _open(self) -> None:
         filesystem, path = store.filesystem(self._url)
-        self._file = filesystem.open(path, "rb", block_size=BLOCK_BYTES)
+        self._file = filesystem.open(path, "rb", block_size=self._block_bytes)
         if not self._position:
             return
         try:
             self._file.seek(self._position)
-        except ValueError:  # a server without ranges: read up to the place once more
+        except ValueError:  # a stream, see below: read up to the place once more
             left = self._position
             while left and (passed := len(self._file.read(min(left, BLOCK_BYTES)))):
                 left -= passed
@@ -118,7 +119,12 @@ class RemoteFile:
         if self._file is None:
             self._open()
         try:
-            return cast(bytes, self._file.read(size))
+            try:
+                return cast(bytes, self._file.read(size))
+            except ValueError:  # fsspec finds out that a web server knows no ranges: one stream from 0 in their place
+                self._block_bytes = 0
+                self._open()
+                return cast(bytes, self._file.read(size))
         except Exception:
             self._file = None  # its connection and buffer are in no known state
             raise

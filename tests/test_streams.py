@@ -1,0 +1,256 @@
+"""Reading shards from stores that fail, have no ranges, change, or do not exist; and the cache that workers share."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+from stream_data import write_shards
+
+from msa_openclip import streams
+from msa_openclip.shard_samples import Tally, read_share
+from msa_openclip.shares import Share, shard_sizes
+from msa_openclip.streams import CACHE_VARIABLE, RETRIES_VARIABLE, RemoteFile, StreamError, open_shard, read_if_there
+
+DATA = bytes(range(256)) * 100
+
+
+class FlakyFileSystem(MemoryFileSystem):
+    """Memory whose accesses fail now and then, as `FlakyFileSystem.failures` says: True fails, False works."""
+
+    protocol = "flaky"
+    cachable = False
+    failures: list[bool] = []  # noqa: RUF012 - shared on purpose
+    seekable = True
+    opened = 0
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("flaky://", "memory://")))
+
+    @classmethod
+    def access(cls) -> None:
+        if cls.failures and cls.failures.pop(0):
+            raise ConnectionResetError("gone")
+
+    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        if "r" in mode:
+            FlakyFileSystem.access()
+            FlakyFileSystem.opened += 1
+        return FlakyFile(super()._open(path, mode, **kwargs).getvalue()) if "r" in mode else super()._open(path, mode)
+
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        FlakyFileSystem.access()
+        return dict(super().info(path, **kwargs))
+
+
+class FlakyFile(MemoryFile):
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data=data)
+
+    def read(self, size: int = -1) -> bytes:
+        FlakyFileSystem.access()
+        return bytes(super().read(size))
+
+    def seek(self, *args: Any) -> int:
+        if args[0] and not FlakyFileSystem.seekable:
+            raise ValueError("Cannot seek streaming HTTP file")
+        return int(super().seek(*args))
+
+
+@pytest.fixture
+def flaky(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
+    monkeypatch.setattr(streams, "_FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(FlakyFileSystem, "seekable", True)
+    monkeypatch.setattr(FlakyFileSystem, "opened", 0)
+    FlakyFileSystem.failures = []
+    MemoryFileSystem().pipe("/flaky/a.tar", DATA)
+    yield "flaky://flaky/a.tar"
+    MemoryFileSystem.store.clear()
+
+
+def read_all(url: str, size: int = 1000) -> bytes:
+    with RemoteFile(url) as file:
+        return b"".join(iter(lambda: file.read(size), b""))
+
+
+@pytest.mark.parametrize("seekable", [True, False])
+@pytest.mark.parametrize("failures", [[], [True, False, False, True, True, False, False, False, True]])
+def test_a_broken_connection_is_taken_up_where_it_broke(
+    flaky: str, failures: list[bool], seekable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FlakyFileSystem, "seekable", seekable)
+    FlakyFileSystem.failures = list(failures)
+    assert read_all(flaky) == DATA
+    assert FlakyFileSystem.failures == []
+    assert FlakyFileSystem.opened == (3 if failures else 1)
+
+
+def test_retries_are_counted_anew_after_success_and_end_with_the_url(
+    flaky: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(RETRIES_VARIABLE, "2")
+    FlakyFileSystem.failures = [False, *([True, True, False, False] * 5)]
+    assert read_all(flaky) == DATA
+    assert caplog.text.count(f"{flaky}: ConnectionResetError: gone; trying again in") == 10
+    FlakyFileSystem.failures = [False, True, True, True]
+    with pytest.raises(
+        StreamError, match=rf"{flaky}: failed 3 times, last with ConnectionResetError: gone.*{RETRIES_VARIABLE}"
+    ):
+        read_all(flaky)
+
+
+def test_waits_grow_and_are_bounded(flaky: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(streams.time, "sleep", waits.append)
+    monkeypatch.setattr(streams, "_FIRST_WAIT_S", 0.5)
+    monkeypatch.setenv(RETRIES_VARIABLE, "9")
+    FlakyFileSystem.failures = [True] * 10
+    with pytest.raises(StreamError, match="failed 10 times"):
+        RemoteFile(flaky)
+    assert len(waits) == 9
+    for attempt, wait in enumerate(waits):
+        longest = min(60.0, 0.5 * 2**attempt)
+        assert longest / 2 <= wait <= longest
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("memory://no/such.tar", r"memory://no/such\.tar: FileNotFoundError\. Check the name, the braces"),
+        ("/no/such.tar", r"/no/such\.tar: FileNotFoundError\. Check the name, the braces"),
+        ("nosuch://bucket/a.tar", r"nosuch://bucket/a\.tar: cannot be opened \(.*nosuch"),
+    ],
+)
+def test_what_cannot_get_better_fails_at_once(url: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams.time, "sleep", lambda _: pytest.fail("waited"))
+    with pytest.raises(StreamError, match=message):
+        open_shard(url)
+    if "nosuch" not in url:
+        assert read_if_there(url) is None
+
+
+# ---- cache
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "new" / "cache"
+    monkeypatch.setenv(CACHE_VARIABLE, str(folder))
+    return folder
+
+
+def content(url: str, **options: bool) -> bytes:
+    with open_shard(url, **options) as file:
+        return file.read()
+
+
+def test_a_shard_is_fetched_once(flaky: str, cache: Path) -> None:
+    assert content(flaky, fill_cache=False) == DATA
+    assert not cache.exists()
+    assert content(flaky) == DATA
+    (copy,) = cache.iterdir()
+    assert copy.name.endswith("-a.tar")
+    assert copy.read_bytes() == DATA
+    fetched = FlakyFileSystem.opened
+    assert content(flaky) == content(flaky, fill_cache=False) == DATA
+    assert FlakyFileSystem.opened == fetched
+
+
+def test_another_version_of_a_shard_is_fetched_anew(flaky: str, cache: Path) -> None:
+    assert content(flaky) == DATA
+    MemoryFileSystem().pipe("/flaky/a.tar", b"other")
+    assert content(flaky) == b"other"
+
+
+def test_nothing_but_whole_shards_gets_a_name(flaky: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RETRIES_VARIABLE, "0")
+    monkeypatch.setattr(streams, "BLOCK_BYTES", 1000)
+    FlakyFileSystem.failures = [False, False, False, True]
+    with pytest.raises(StreamError, match="gone"):
+        open_shard(flaky)
+    assert list(cache.iterdir()) == []
+    assert content(flaky) == DATA
+
+
+def test_an_answer_cut_short_is_refused(flaky: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FlakyFile, "read", lambda self, size=-1: b"")
+    with pytest.raises(StreamError, match=r"a\.tar: ended after 0 of 25,600 bytes"):
+        open_shard(flaky)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_full_cache_folder_is_named(flaky: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(streams.shutil, "copyfileobj", full)
+    with pytest.raises(StreamError, match=rf"{cache}: no copy of {flaky} can be kept here.*{CACHE_VARIABLE}"):
+        open_shard(flaky)
+    assert list(cache.iterdir()) == []
+
+
+class Ranges(SimpleHTTPRequestHandler):
+    """Python's server, which knows no ranges, and says nothing."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    write_shards(tmp_path / "web", (5, 4))
+    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(tmp_path / "web")))
+    thread = threading.Thread(target=http.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{http.server_port}"
+    http.shutdown()
+    thread.join()
+    http.server_close()
+
+
+def keys(url: str) -> list[str]:
+    return [sample["__key__"] for sample in read_share(Share(url), Tally())]
+
+
+def test_http_without_ranges(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert keys(f"{server}/s-001.tar") == ["k005", "k006", "k007", "k008"]
+    assert shard_sizes([f"{server}/s-000.tar", f"{server}/s-001.tar"]) == [5, 4]
+    assert shard_sizes([f"{server}/else/s-000.tar"]) is None
+    monkeypatch.setattr(streams, "BLOCK_BYTES", 3000)
+    assert read_all(f"{server}/s-001.tar") == (tmp_path / "web" / "s-001.tar").read_bytes()
+    assert not caplog.records
+
+
+def _fetch(url: str, folder: str, at_once: Any, results: Any) -> None:
+    os.environ[CACHE_VARIABLE] = folder
+    at_once.wait()
+    results.put(len(content(url)))
+
+
+def test_processes_share_the_cache_without_locks(server: str, cache: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    at_once, results = context.Barrier(3), context.Queue()
+    url = f"{server}/s-000.tar"
+    processes = [context.Process(target=_fetch, args=(url, str(cache), at_once, results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    sizes = {results.get(timeout=60) for _ in processes}
+    for process in processes:
+        process.join()
+    assert sizes == {len(content(url))}
+    (copy,) = cache.iterdir()
+    assert copy.stat().st_size in sizes
