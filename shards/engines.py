@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from queue import SimpleQueue
@@ -83,7 +84,8 @@ def _run_on_ray(work: Callable[[Job], Result], jobs: Iterator[Job], workers: int
     except ImportError as error:
         raise ShardError("engine: ray is not installed; pip install ray, or use --engine process.") from error
     if not ray.is_initialized():
-        ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
+        own: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False}  # a cluster has settings of its own
+        ray.init(log_to_driver=False, **({} if "RAY_ADDRESS" in os.environ else own))
     remote: Any = ray.remote(num_cpus=1)(work)
     pending: list[Any] = []
     while True:

@@ -138,6 +138,15 @@ def test_no_cut_file_gets_through(cut: int, format: str) -> None:
         prepare(data[: -min(cut, len(data))], ImageOptions())
 
 
+def test_the_end_mark_of_an_embedded_thumbnail_is_not_taken_for_the_images_end() -> None:
+    data, thumbnail = picture_bytes(5), picture_bytes(6, quality=10)
+    segment = b"\xff\xe2" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
+    whole = data[:2] + segment + data[2:]
+    assert prepare(whole, ImageOptions()).data == whole
+    with pytest.raises(ImageProblem, match="cut short"):
+        prepare(whole[:-300], ImageOptions())
+
+
 def test_damage_inside_is_found_by_check_decode() -> None:
     data = bytearray(picture_bytes(6, "PNG"))
     data[len(data) // 2] ^= 255

@@ -29,6 +29,10 @@ def written(files: list[tuple[str, bytes]]) -> bytes:
     return out.getvalue()
 
 
+@pytest.mark.skipif(
+    any(tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT)[329:345]),
+    reason="this Python's tarfile writes device numbers for plain files",
+)
 @given(st.lists(st.tuples(NAMES, st.binary(max_size=1300)), max_size=5))
 def test_bytes_are_those_of_tarfile(files: list[tuple[str, bytes]]) -> None:
     expected = io.BytesIO()
