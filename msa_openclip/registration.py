@@ -73,8 +73,9 @@ def _register_configs(factory: ModuleType) -> None:
     factory._rescan_model_configs()
     pretrained = getattr(sys.modules.get("open_clip.pretrained"), "_PRETRAINED", None)
     for path in files:
-        base = factory._MODEL_CONFIGS.get(path.stem, {}).get("msa_cfg", {}).get("base")
-        if pretrained is not None and base in pretrained:
+        settings = factory._MODEL_CONFIGS[path.stem].get("msa_cfg")
+        base = settings.get("base") if isinstance(settings, dict) else None
+        if pretrained is not None and isinstance(base, str) and base in pretrained:
             pretrained.setdefault(path.stem, pretrained[base])  # a warm start accepts the tags of the same towers
 
 
@@ -100,10 +101,13 @@ def _is_usable(path: Path, known: set[str]) -> bool:
     """Whether open_clip can register the file; says why not, where open_clip would fail or pass it over in silence."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        absent = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         _log.warning("%s is not registered as a model: %s", path, error)
         return False
+    if not isinstance(config, dict):
+        _log.warning("%s is not registered as a model: it holds no object.", path)
+        return False
+    absent = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
     if absent:
         _log.warning("%s is not registered as a model: it lacks the key %r.", path, absent[0])
         return False
@@ -166,7 +170,7 @@ def _msa_create_loss(factory: ModuleType) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def create_loss(args: Any) -> Any:
-        settings = _msa_cfg(args.model, getattr(args, "cache_dir", None))
+        settings = _msa_cfg(getattr(args, "model", ""), getattr(args, "cache_dir", None))
         if settings is None:
             return original(args)
         from .config import MSACfg

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -58,15 +57,15 @@ def tiny_configs(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> P
 
 
 @pytest.fixture
-def run_python(tiny_configs: Path) -> Callable[..., str]:
-    """Run Python code in a fresh process that knows the tiny models: its standard output; an error fails the test."""
+def run_python(tiny_configs: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run Python code in a fresh process that knows the tiny models, to its end; an error there fails the test."""
 
-    def run(code: str, *arguments: str, **environment: str) -> str:
+    def run(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "MSA_OPENCLIP_CONFIGS": str(tiny_configs), **environment}
-        done: Any = subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, timeout=240, check=False
         )
         assert done.returncode == 0, done.stderr
-        return str(done.stdout)
+        return done
 
     return run
