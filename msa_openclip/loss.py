@@ -171,6 +171,7 @@ class MSALoss(nn.Module):
         """Scores of images against texts and of texts against images, this rank's rows or all of them."""
         all_image_features, all_text_features = self._gather(image_features), self._gather(text_features)
         all_images = None if images is None else ImageSide(*map(self._gather, images))
+        texts = None if texts is None else self._without_common_padding(texts)
         all_texts = None if texts is None else TextSide(*map(self._gather, texts))
         group = self._caption_groups(text_ids, len(all_text_features), all_text_features.device)
         own = torch.arange(len(group), device=group.device)
@@ -197,6 +198,16 @@ class MSALoss(nn.Module):
             return torch.arange(count, device=device)
         group: Tensor = torch.unique(self._gather(text_ids), dim=0, return_inverse=True)[1]
         return group
+
+    def _without_common_padding(self, texts: TextSide) -> TextSide:
+        """Without the token positions after the longest text of all ranks: keys and values are most of what is sent."""
+        if self.world_size == 1:
+            return texts
+        used = texts.mask.any(dim=0)
+        length = (used * torch.arange(1, len(used) + 1, device=used.device)).max()
+        dist.all_reduce(length, op=dist.ReduceOp.MAX)
+        end = max(int(length), 1)
+        return texts._replace(key=texts.key[:, :, :end], value=texts.value[:, :, :end], mask=texts.mask[:, :end])
 
     def _gather(self, x: Tensor) -> Tensor:
         """Concatenate a batch-first tensor over ranks, (B, ...) -> (world_size B, ...), with ClipLoss's gradients."""

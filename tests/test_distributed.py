@@ -85,6 +85,32 @@ def test_ranks_agree_with_one_process(preset: str, world_size: int, tmp_path: Pa
             torch.testing.assert_close(ranks[0][1][name], gradient, rtol=1e-5, atol=1e-9, msg=lambda m: f"{name}: {m}")  # noqa: B023
 
 
+def trim_rank(rank: int, world_size: int, folder: str) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    try:
+        model, images, texts = model_and_batch("default")
+        # 3 tokens on rank 0, 5 on rank 1, of 7: every rank must send 5, or their parts would not fit together.
+        texts[:, (4, 6)[rank] :] = 0
+        output = model(images[:2], texts[:2])
+        loss = MSALoss(model.msa_cfg, rank=rank, world_size=world_size)
+        _, side = loss._sides(output)
+        assert side is not None
+        trimmed = loss._without_common_padding(side)
+        torch.save((side.mask.sum(1), trimmed.key.shape, trimmed.value.shape, trimmed.mask), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ranks_send_no_padding_that_all_share(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(trim_rank, (2, str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    longest = max(int(tokens.max()) for tokens, *_ in ranks)
+    assert longest < 7
+    for tokens, key, value, mask in ranks:
+        assert key[2] == value[2] == mask.shape[1] == longest
+        assert mask.sum(1).equal(tokens)
+
+
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 @pytest.mark.parametrize("accum_freq", [2, 3])
 def test_accumulation_agrees_with_the_whole_batch(preset: str, accum_freq: int) -> None:
