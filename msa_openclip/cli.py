@@ -13,6 +13,7 @@ COMMANDS = {
     "index": ("msa_openclip.index_command", "images to an index on disk"),
     "search": ("msa_openclip.search_command", "texts or pictures against an index"),
     "explain": ("msa_openclip.explain_command", "words and places behind the score of an image and a text"),
+    "demo": ("msa_openclip.demo_command", "a web page over an index"),
     "shards": ("msa_openclip.shards.command_line", "captions and images to shards, synthetic scenes, checks"),
 }
 """Subcommand -> (module with `main(arguments) -> exit code`, one line of help)."""
