@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 from msa_openclip.eval_data import read_captions
-from msa_openclip.index import ImageIndex, build_index
+from msa_openclip.image_index import ImageIndex
+from msa_openclip.index import build_index
 from msa_openclip.loading import load
 from msa_openclip.search import Searcher
 

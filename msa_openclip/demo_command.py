@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .demo import page
-from .index import ImageIndex, read_manifest
+from .image_index import ImageIndex
+from .index import read_manifest
 from .loading import load
 from .nearest import nearest
 from .search import Searcher
@@ -30,8 +31,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("index", metavar="INDEX", help="folder of the index")
     parser.add_argument("--model", help="NAME=CHECKPOINT, if the weights of the index have moved")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="whom to serve, 0.0.0.0: all (default: %(default)s)"
-    )
+    parser.add_argument("--host", default="127.0.0.1", help="whom to serve, 0.0.0.0: all (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
     return parser

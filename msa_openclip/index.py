@@ -1,4 +1,4 @@
-"""An index of images on disk: global vectors, MSCMAT's vectors m in half precision, and what is known of each image.
+"""Build an index of images on disk: global vectors, MSCMAT's vectors m in half precision, what is known of each.
 
     INDEX/index.json                what it was built with, and its segments; written last, so its segments are whole
     INDEX/SEGMENT/features.npy      (n, E) float16, normalised global features
@@ -11,17 +11,15 @@ build share segments by number alone.  Bytes per image above the global vector: 
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import json
-import mmap
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +30,6 @@ from .eval_data import CaptionedImage, batches
 from .evaluation import Peers
 from .loading import LoadedModel
 from .scoring import Scorer
-from .shards.records import Location
 
 FORMAT = 1
 
@@ -85,7 +82,7 @@ def build_index(
     """
     root, peers = Path(folder), peers or Peers()
     known = read_manifest(root) if (root / "index.json").exists() else _new_manifest(model)
-    _check_model(root, known, model)
+    check_model(root, known, model)
     old = [Segment(**row) for row in known["segments"]]
     have = {record["image_id"] for segment in old for record in _records(root / segment.name)}
     new = [image for image in images if image.image_id not in have]
@@ -113,7 +110,8 @@ def _new_manifest(model: LoadedModel) -> dict[str, Any]:
     return {"format": FORMAT, "model": model.spec, "fingerprint": fingerprint(model.scorer), "segments": []}
 
 
-def _check_model(root: Path, manifest: dict[str, Any], model: LoadedModel) -> None:
+def check_model(root: Path, manifest: dict[str, Any], model: LoadedModel) -> None:
+    """Raise ImageIndexError unless the index was built with this model."""
     if manifest["fingerprint"] != fingerprint(model.scorer):
         raise ImageIndexError(
             f"{root}: built with other weights ({manifest['model']}) than {model.spec}; scores of two models do not "
@@ -202,124 +200,10 @@ def _records(segment: Path) -> Iterator[dict[str, Any]]:
         with open(segment / "records.jsonl", encoding="utf-8") as file:
             yield from map(json.loads, file)
     except (OSError, json.JSONDecodeError) as error:
-        raise _damaged(segment, str(error)) from error
+        raise damaged(segment, str(error)) from error
 
 
-def _damaged(segment: Path, what: str) -> ImageIndexError:
+def damaged(segment: Path, what: str) -> ImageIndexError:
+    """The error that names a damaged segment and what to do about it."""
     index = segment.parent / "index.json"
     return ImageIndexError(f"{segment}: damaged ({what}); delete the segment and {index}, and build the index again.")
-
-
-class ImageRecords(Sequence[CaptionedImage]):
-    """The records of all segments as a sequence; a row is parsed when it is asked for."""
-
-    def __init__(self) -> None:
-        self._parts: list[tuple[bytes | mmap.mmap, NDArray[np.int64]]] = []
-        self._ends: list[int] = []
-
-    def append(self, segment: Path, images: int) -> None:
-        """Add the records of a segment.
-
-        Raises:
-            ImageIndexError: there are not as many as images.
-        """
-        path = segment / "records.jsonl"
-        try:
-            with open(path, "rb") as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise _damaged(segment, f"{path.name}: {error}") from error
-        ends = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == ord("\n"))
-        if len(ends) != images:
-            raise _damaged(segment, f"{path.name}: {len(ends)} lines, expected {images}")
-        self._parts.append((data, np.concatenate([[-1], ends])))
-        self._ends.append(len(self) + images)
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    @overload
-    def __getitem__(self, row: int) -> CaptionedImage: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[CaptionedImage]: ...
-    def __getitem__(self, row: int | slice) -> CaptionedImage | list[CaptionedImage]:
-        if isinstance(row, slice):
-            return [self[number] for number in range(*row.indices(len(self)))]
-        if not 0 <= row < len(self):
-            raise IndexError(row)  # ends iteration
-        number = bisect.bisect_right(self._ends, row)
-        data, ends = self._parts[number]
-        place = row - (self._ends[number - 1] if number else 0)
-        return _image(json.loads(data[ends[place] + 1 : ends[place + 1]]))
-
-
-class ImageIndex:
-    """An index, opened: rows in the order of its segments, vectors mapped from disk.
-
-    Args:
-        folder: what `build_index` made.
-        model: the model that built it.
-    Raises:
-        ImageIndexError: there is no index, it is damaged, or another model built it.
-    """
-
-    def __init__(self, folder: str, model: LoadedModel) -> None:
-        root = Path(folder)
-        manifest = read_manifest(root)
-        _check_model(root, manifest, model)
-        self.folder, self.model = folder, model
-        self.segments = tuple(Segment(**row) for row in manifest["segments"])
-        self.images = ImageRecords()
-        """What is known of every image, read from disk when asked for."""
-        self._features: list[NDArray[np.float16]] = []
-        self._projected: list[NDArray[np.float16]] = []
-        for segment in self.segments:
-            path = root / segment.name
-            self.images.append(path, segment.images)
-            self._features.append(_mapped(path, "features.npy", segment.images))
-            if model.scorer.has_match:
-                self._projected.append(_mapped(path, "projected.npy", segment.images))
-        self._ends = np.cumsum([len(part) for part in self._features])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def features(self) -> Iterator[tuple[int, Tensor]]:
-        """First row and global features (n, E) float32 of each segment."""
-        for end, part in zip(self._ends, self._features, strict=True):
-            yield int(end) - len(part), torch.from_numpy(part.astype(np.float32))
-
-    def feature_rows(self, rows: Tensor) -> Tensor:
-        """Global features (n, E) float32 of some rows."""
-        return self._rows(self._features, rows)
-
-    def projected_rows(self, rows: Tensor) -> Tensor | None:
-        """MSCMAT's vectors m (n, S, D) float32 of some rows."""
-        return self._rows(self._projected, rows) if self._projected else None
-
-    def _rows(self, parts: Sequence[NDArray[np.float16]], rows: Tensor) -> Tensor:
-        wanted = rows.cpu().numpy()
-        segment = np.searchsorted(self._ends, wanted, side="right")
-        result = np.empty((len(wanted), *parts[0].shape[1:]), dtype=np.float32)
-        for number in np.unique(segment):
-            here = segment == number
-            result[here] = parts[number][wanted[here] - (self._ends[number] - len(parts[number]))]
-        return torch.from_numpy(result)
-
-
-def _image(record: dict[str, Any]) -> CaptionedImage:
-    place = dict(record["place"])
-    place["window"] = tuple(place["window"]) if place.get("window") else None
-    return CaptionedImage(
-        record["image_id"], Location(**place), tuple(record["captions"]), record["label"], record["about"]
-    )
-
-
-def _mapped(segment: Path, file: str, images: int) -> NDArray[np.float16]:
-    try:
-        values: NDArray[np.float16] = np.load(segment / file, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise _damaged(segment, f"{file}: {error}") from error
-    if len(values) != images or values.dtype != np.float16:
-        raise _damaged(segment, f"{file}: {len(values)} rows of {values.dtype}, expected {images} of float16")
-    return values

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from .eval_data import EvalDataError, read_folder, read_shards
 from .evaluation import Peers
-from .index import ImageIndex, build_index
+from .image_index import ImageIndex
+from .index import build_index
 from .loading import load
 from .nearest import KINDS, nearest
 

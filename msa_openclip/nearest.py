@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .index import ImageIndex, ImageIndexError
+from .image_index import ImageIndex
+from .index import ImageIndexError
 from .search import Nearest, scan
 
 LARGE = 100_000

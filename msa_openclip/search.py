@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from .eval_data import CaptionedImage
-from .index import ImageIndex
+from .image_index import ImageIndex
 from .scoring import EncodedImages, EncodedTexts
 
 CANDIDATES = 256

@@ -12,7 +12,8 @@ from typing import Any
 from PIL import Image
 
 from .eval_data import CaptionedImage, load_image
-from .index import ImageIndex, read_manifest
+from .image_index import ImageIndex
+from .index import read_manifest
 from .loading import load
 from .nearest import KINDS, nearest
 from .search import CANDIDATES, Hit, Searcher, SearchError, Where

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from msa_openclip.shards.build import build
-from msa_openclip.shards.options import BuildOptions
 from PIL import Image
 from torch import Tensor, nn
+
+from msa_openclip.shards.build import build
+from msa_openclip.shards.options import BuildOptions
 
 WORDS = ("harbor", "forest", "runway", "river", "beach", "stadium", "farmland")
 LENGTH = 6

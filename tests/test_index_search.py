@@ -14,16 +14,17 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from msa_openclip.shards.records import Location
 from retrieval_data import randomise, scene, write_shards
 
-from msa_openclip import cli, index, search
+from msa_openclip import cli, image_index, index, search
 from msa_openclip.eval_data import CaptionedImage, load_image, read_folder, read_shards
 from msa_openclip.evaluation import Peers
-from msa_openclip.index import ImageIndex, ImageIndexError, build_index
+from msa_openclip.image_index import ImageIndex
+from msa_openclip.index import ImageIndexError, build_index
 from msa_openclip.loading import LoadedModel, load
 from msa_openclip.nearest import nearest
 from msa_openclip.search import Searcher, SearchError, Where
+from msa_openclip.shards.records import Location
 
 QUERIES = ["harbor number 3", "a place that two scenes share", "many forests"]
 
@@ -264,7 +265,7 @@ def test_faiss_candidates_ranked_exactly(kind: str, model: LoadedModel, tmp_path
     monkeypatch.setattr(index, "batches", lambda images, preprocess, spans, workers: (None for _ in spans))
     monkeypatch.setattr(model.scorer, "project", lambda pixels: (next(parts), torch.zeros(0, 2, width)))
     some = [CaptionedImage(str(n), Location("nowhere"), ()) for n in range(count)]
-    monkeypatch.setattr(index, "_mapped", skipping_projected(index._mapped))
+    monkeypatch.setattr(image_index, "_mapped", skipping_projected(image_index._mapped))
     build_index(model, some, str(tmp_path / "x"), segment_images=count)
     opened = ImageIndex(str(tmp_path / "x"), model)
     queries = vectors[:50] + 0.02
