@@ -14,6 +14,7 @@ COMMANDS = {
     "search": ("msa_openclip.search_command", "texts or pictures against an index"),
     "explain": ("msa_openclip.explain_command", "words and places behind the score of an image and a text"),
     "demo": ("msa_openclip.demo_command", "a web page over an index"),
+    "convert": ("msa_openclip.convert", "a checkpoint of the paper authors' released code to MSA-ResNet50-BERT"),
     "shards": ("msa_openclip.shards.command_line", "captions and images to shards, synthetic scenes, checks"),
 }
 """Subcommand -> (module with `main(arguments) -> exit code`, one line of help)."""
