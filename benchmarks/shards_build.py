@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=6000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--img2dataset-python", help="Python of an environment that has img2dataset")
+    parser.add_argument("--only", default="", help="only the copy and contestants whose name holds this")
     parser.add_argument("--out", type=Path, help="JSON result file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -143,6 +144,7 @@ def main() -> None:
         source.mkdir()
         total = make_source(source, options.images)
         runs = contestants(source, options.images, options.img2dataset_python)
+        runs = {name: run for name, run in runs.items() if options.only in name or name.startswith("copy")}
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(options.rounds + 1):  # the first round warms the page cache and is not counted
             for name, run in runs.items():
@@ -165,9 +167,7 @@ def main() -> None:
             f"{name:38} {row['images_per_s']:>7,} images/s {row['mb_per_s']:>7} MB/s {row['speed_over_copy']:>6} x copy"
         )
     result = {
-        "command": " ".join(
-            ["python benchmarks/shards_build.py", f"--images {options.images} --rounds {options.rounds}"]
-        ),
+        "command": "python " + " ".join(sys.argv),
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()},
         "versions": {name: version(name) for name in ("webdataset", "pillow", "numpy")},
         "images": options.images,
