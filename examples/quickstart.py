@@ -16,6 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from msa_openclip.run_selection import best_epoch
+
 MODEL = "MSA-ViT-Ti"
 
 
@@ -27,7 +29,8 @@ def main() -> None:
     shards, run = out / "shards", out / "logs" / "run"
     build_shards(options, shards)
     test = pattern(shards, "test")
-    command("msa_openclip.cli", "eval", f"{MODEL}=untrained", "--shards", test, "--bootstrap", "0", "--json", out / "before.json")
+    evaluation = ("--shards", test, "--bootstrap", 0, "--workers", 1)
+    command("msa_openclip.cli", "eval", f"{MODEL}=untrained", *evaluation, "--json", out / "before.json")
     command(
         "open_clip_train.main", "--model", MODEL, "--device", "cpu",
         "--train-data", pattern(shards, "train"), "--val-data", pattern(shards, "val"), "--dataset-type", "webdataset",
@@ -35,15 +38,12 @@ def main() -> None:
         "--aug-cfg", "scale=(0.9, 1.0)", "--save-frequency", 1, "--log-every-n-steps", 5,
         "--logs", out / "logs", "--name", run.name,
     )  # fmt: skip
-    command("msa_openclip.cli", "best", run, "--shards", test, "--json", out / "after.json")
-    best = sorted(run.glob("checkpoints/epoch_*.pt"), key=lambda path: int(path.stem.split("_")[1]))[-1]
-    command(
-        "msa_openclip.cli", "eval", f"{MODEL}={best}", "--shards", test, "--bootstrap", "0",
-        "--json", out / "last.json", "--html", out / "retrieval.html",
-    )  # fmt: skip
+    best = best_epoch(str(run))  # by the recalls on val; the test images are looked at once
+    after = ("--json", out / "after.json", "--html", out / "retrieval.html")
+    command("msa_openclip.cli", "eval", f"{MODEL}={best.checkpoint}", *evaluation, *after)
     plot_run(run, out / "training.png")
     print(f"\nLoss and recalls: {out / 'training.png'}\nExample retrievals: {out / 'retrieval.html'}")
-    print(f"The model in Python: open_clip.create_model({MODEL!r}, pretrained={str(best)!r})")
+    print(f"The model in Python: open_clip.create_model({MODEL!r}, pretrained={best.checkpoint!r})")
 
 
 def parse_arguments() -> argparse.Namespace:
