@@ -140,19 +140,30 @@ def retrying(url: str, action: Callable[[], T]) -> T:
     for attempt in range(retries + 1):
         try:
             return action()
-        except _FINAL as error:
-            why = str(error) if isinstance(error, ShardError) else f"{url}: {type(error).__name__}."
-            raise StreamError(f"{why} Check the name, the braces and the access rights.") from error
         except Exception as error:
+            failure = _uncovered(error)
+            if isinstance(failure, _FINAL):
+                why = str(failure) if isinstance(failure, ShardError) else f"{url}: {type(failure).__name__}."
+                raise StreamError(f"{why} Check the name, the braces and the access rights.") from failure
             if attempt == retries:
                 raise StreamError(
-                    f"{url}: failed {attempt + 1} times, last with {type(error).__name__}: {error}. "
+                    f"{url}: failed {attempt + 1} times, last with {type(failure).__name__}: {failure}. "
                     f"Check the store and the network; {RETRIES_VARIABLE} sets how often it is tried again."
-                ) from error
+                ) from failure
             wait_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**attempt) * _jitter.uniform(0.5, 1.0)
-            _log.warning("%s: %s: %s; trying again in %.1f s.", url, type(error).__name__, error, wait_s)
+            _log.warning("%s: %s: %s; trying again in %.1f s.", url, type(failure).__name__, failure, wait_s)
             time.sleep(wait_s)
     raise ValueError(f"{RETRIES_VARIABLE}: {retries} is not a number of retries; give 0 or more.")
+
+
+def _uncovered(error: Exception) -> BaseException:
+    """What fsspec covers up where it makes every failure of a web server a FileNotFoundError; else the error itself."""
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or cause is None:
+        return error
+    status = getattr(cause, "status", 500)  # no status: no answer
+    passing = type(cause).__module__.startswith("aiohttp") and not 400 <= status < 500
+    return cause if passing or isinstance(cause, TimeoutError) else error
 
 
 def _has_cache() -> bool:

@@ -201,8 +201,18 @@ def test_a_full_cache_folder_is_named(flaky: str, cache: Path, monkeypatch: pyte
     assert list(cache.iterdir()) == []
 
 
-class Ranges(SimpleHTTPRequestHandler):
-    """Python's server, which knows no ranges, and says nothing."""
+class NoRanges(SimpleHTTPRequestHandler):
+    """Python's server, which knows no ranges; it fails `failures` times first."""
+
+    failures = 0
+    status = 503
+
+    def send_head(self) -> Any:
+        if NoRanges.failures:
+            NoRanges.failures -= 1
+            self.send_error(NoRanges.status)
+            return None
+        return super().send_head()
 
     def log_message(self, *_: object) -> None:
         pass
@@ -211,7 +221,7 @@ class Ranges(SimpleHTTPRequestHandler):
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
     write_shards(tmp_path / "web", (5, 4))
-    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(tmp_path / "web")))
+    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(NoRanges, directory=str(tmp_path / "web")))
     thread = threading.Thread(target=http.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{http.server_port}"
@@ -233,6 +243,20 @@ def test_http_without_ranges(
     monkeypatch.setattr(streams, "BLOCK_BYTES", 3000)
     assert read_all(f"{server}/s-001.tar") == (tmp_path / "web" / "s-001.tar").read_bytes()
     assert not caplog.records
+
+
+def test_a_web_server_that_is_overloaded_is_asked_again(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(NoRanges, "failures", 7)
+    assert keys(f"{server}/s-000.tar") == [f"k{number:03}" for number in range(5)]
+    assert NoRanges.failures == 0
+    monkeypatch.setattr(NoRanges, "failures", 100)
+    with pytest.raises(StreamError, match="failed 6 times, last with ClientResponseError: 503"):
+        open_shard(f"{server}/s-000.tar")
+    monkeypatch.setattr(NoRanges, "status", 404)
+    monkeypatch.setattr(streams.time, "sleep", lambda _: pytest.fail("waited"))
+    with pytest.raises(StreamError, match=r"FileNotFoundError\. Check the name"):
+        open_shard(f"{server}/s-000.tar")
 
 
 def _fetch(url: str, folder: str, at_once: Any, results: Any) -> None:
