@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -68,7 +69,7 @@ def main() -> None:
         "images": len(images),
         "queries": len(queries),
         "index_images_per_s": len(images) / build_s,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": re.sub(r"[^ =]*/", "", " ".join(sys.argv)),  # names, no places
     }
     Path(parsed.out).parent.mkdir(parents=True, exist_ok=True)
     Path(parsed.out).write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import sys
@@ -188,7 +189,7 @@ def main() -> None:
         "threads": parsed.threads,
         "model": parsed.model,
         "torch": torch.__version__,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": re.sub(r"[^ =]*/", "", " ".join(sys.argv)),  # names, no places
     }
     Path(parsed.out).parent.mkdir(parents=True, exist_ok=True)
     Path(parsed.out).write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
