@@ -25,11 +25,29 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS = {
-    "plot": ["matplotlib>=3.7"],
-    "test": ["pytest>=8", "pytest-timeout>=2.2", "hypothesis>=6.100", "matplotlib>=3.7"],
+    "plot": ["matplotlib>=3.7"],  # figures and HTML pages
+    "search": ["faiss-cpu>=1.8"],  # indexes of 100,000 images and more
+    "demo": ["gradio>=5", "matplotlib>=3.7"],  # the search page
+    "report": ["imagehash>=4.3", "matplotlib>=3.7"],  # perceptual duplicates in `shards info`
+    "geo": ["rasterio>=1.3"],  # GeoTIFF: bands, stretch, tiles, coordinates
+    "parquet": ["pyarrow>=14"],
+    "hf": ["datasets>=2.18"],  # Hugging Face data sets on disk as captions
+    "s3": ["s3fs>=2024.2"],
+    "ray": ["ray>=2.9"],  # builds on a cluster
+    "test": [
+        "pytest>=8",
+        "pytest-timeout>=2.2",
+        "hypothesis>=6.100",
+        "moto[server]>=5",  # the local S3 server of the tests
+        "aiohttp>=3.9",
+        "playwright>=1.40",  # drives the browser of the demo's test, which is the system's chromium
+        "clip-benchmark>=1.6",  # the independent evaluator that ours is compared with
+    ],
     # One pinned linter for hook and CI; the type checker likewise.
     "dev": ["ruff==0.17.5", "mypy==2.4.1", "build>=1.0"],
 }
+USER_EXTRAS = [extra for name, extra in EXTRAS.items() if name not in ("test", "dev")]
+EXTRAS["all"] = sorted({requirement for extra in USER_EXTRAS for requirement in extra})
 
 setup(
     name="msa_openclip",

@@ -63,7 +63,7 @@ def train(tmp_path: Path, tiny_configs: Path):  # type: ignore[no-untyped-def]
             *launcher, "--model", model, "--dataset-type", "webdataset",
             "--train-data", f"{data}/train-{{000000..000003}}.tar", "--batch-size", "16", "--workers", "0",
             "--lr", "3e-3", "--warmup", "2", "--epochs", "4", "--logs", str(tmp_path), "--name", name,
-            "--log-every-n-steps", "1", "--seed", "0", "--device", "cpu", *arguments,
+            "--log-every-n-steps", "1", "--seed", "0", "--device", "cpu", "--precision", "fp32", *arguments,
         ]  # fmt: skip
         environment = {**os.environ, "MSA_OPENCLIP_CONFIGS": str(tiny_configs), "OMP_NUM_THREADS": "1", **env}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
