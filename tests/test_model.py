@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -494,6 +497,18 @@ def test_a_wrong_configuration_is_refused_by_create_model() -> None:
         create(msa_cfg={"image_scales": [{"stage": 1}], "heads": 5})
     with pytest.raises(ValueError, match=r"^msa_cfg\.image_scales\[0\]: stage 7 does not exist; VisionTransformer has"):
         create(msa_cfg={"image_scales": [{"stage": 7}]})
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_are_whole(copied: Callable[[Any], Any]) -> None:
+    model = randomised(create()).eval()
+    images, texts = batch(model)
+    expected = model.get_logits(images, texts)[0].detach()
+    other = copied(model)
+    randomised(model, seed=1)
+    assert torch.equal(other.get_logits(images, texts)[0], expected)
 
 
 def test_settings_may_be_given_in_python() -> None:

@@ -248,6 +248,14 @@ def test_unused_parameters_are_the_head_of_the_tower(build: Callable[[], Any], u
     assert all(torch.equal(value, before[name]) for name, value in visual.state_dict().items())  # nor statistics
 
 
+def test_asking_for_unused_parameters_draws_no_random_numbers() -> None:
+    """Two runs with one seed stay the same run, whatever the fusion."""
+    visual = tower("ViT", patch_dropout=0.5).train()
+    state = torch.get_rng_state()
+    assert unused_parameters(ImageScales(visual, [ImageScale(stage=3)]), visual)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_stages_above_the_scales_are_unused() -> None:
     visual = tower("ViT")
     found = {*map(id, unused_parameters(ImageScales(visual, [ImageScale(stage=1)]), visual))}
