@@ -177,12 +177,12 @@ def figure(explanation: Explanation, picture: Image.Image) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ExplainError("the figure needs matplotlib: pip install 'msa_openclip[plot]'.") from error
-    count = len(explanation.scales)
+    count, shape = len(explanation.scales), picture.height / picture.width
     drawn = Figure(figsize=(3.2 * count, 6.4), layout="constrained")
     axes = drawn.subplots(2, count, squeeze=False)
     for (top, bottom), scale in zip(axes.T, explanation.scales, strict=True):
-        top.imshow(picture.convert("RGB"), extent=(0, 1, 0, 1), aspect=picture.height / picture.width)
-        top.imshow(scale.positions.numpy(), extent=(0, 1, 0, 1), alpha=0.5, cmap="inferno", aspect="auto")
+        top.imshow(picture.convert("RGB"), extent=(0, 1, 0, 1), aspect=shape)
+        top.imshow(scale.positions.numpy(), extent=(0, 1, 0, 1), alpha=0.5, cmap="inferno", aspect=shape)
         top.set_title(f"stage {scale.scale.stage}, {scale.scale.pool}: {scale.logit:.2f}")
         top.set_axis_off()
         parts = [*((word.text, word.contribution) for word in scale.words)]

@@ -85,7 +85,7 @@ def _build(faiss: Any, index: ImageIndex, kind: str) -> Any:
         ann.hnsw.efSearch = 512
         training_rows = min(count, 10_000)
     else:
-        lists = max(1, min(round(4 * math.sqrt(count)), count // _TRAINING_PER_LIST))
+        lists = max(1, min(round(2 * math.sqrt(count)), count // _TRAINING_PER_LIST))
         parts = next(parts for parts in (64, 48, 32, 24, 16, 8, 4, 2, 1) if width % parts == 0)
         bits = 8 if count >= 10_000 else 4
         ann = faiss.index_factory(width, f"IVF{lists},PQ{parts}x{bits}", metric)
