@@ -185,9 +185,17 @@ class MSALoss(nn.Module):
         if match_per_text is not None:
             match_per_text = match_per_text.transpose(1, 2)
         return (
-            Block(image_features @ all_text_features.T, match_per_image, positive, own),
-            Block(text_features @ all_image_features.T, match_per_text, positive, own),
+            Block(self._cosine(image_features, all_text_features), match_per_image, positive, own),
+            Block(self._cosine(text_features, all_image_features), match_per_text, positive, own),
         )
+
+    def _cosine(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """(R, E) and (C, E) -> (R, C), as ClipLoss does it; for the triplet term, a sum of small margins, in float32."""
+        if self.msa_cfg.loss.global_term == "infonce":
+            return rows @ columns.T
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        with torch.autocast(rows.device.type, enabled=False):
+            return rows.to(wide) @ columns.to(wide).T
 
     def _match_scores(self, images: ImageSide | None, texts: TextSide | None) -> Tensor | None:
         return None if images is None or texts is None else match_scores(images, texts, self.msa_cfg.score)

@@ -265,3 +265,13 @@ def test_accumulation_divides_the_gradient_of_the_scale_alone() -> None:
     assert gradients[1][0] == gradients[4][0]
     torch.testing.assert_close(gradients[4][1], gradients[1][1] / 4)
     torch.testing.assert_close(gradients[4][2], gradients[1][2])
+
+
+def test_triplet_term_keeps_float32_under_autocast() -> None:
+    output = small_output()
+    cfg = MSACfg.from_dict(SMALL | {"preset": "paper"})
+    exact = MSALoss(cfg)(**output, output_dict=True)["triplet_loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = MSALoss(cfg)(**output, output_dict=True)["triplet_loss"]
+    assert under_autocast.dtype == torch.float32
+    torch.testing.assert_close(under_autocast, exact)
