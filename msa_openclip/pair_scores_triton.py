@@ -45,8 +45,11 @@ class Launch(NamedTuple):
     stages: int
 
 
-LAUNCHES = {2: Launch(128, 128, 8, 3), 4: Launch(64, 128, 8, 2)}
-"""By bytes of an element."""
+LAUNCHES = {2: Launch(128, 128, 8, 2), 4: Launch(32, 64, 4, 2)}
+"""By bytes of an element, for data-centre GPUs (Hopper, Ampere)."""
+SMALL_LAUNCHES = {2: Launch(64, 64, 4, 2), 4: Launch(16, 32, 4, 2)}
+"""The same for GPUs with less shared memory than the former ask for."""
+LARGE_SHARED_MEMORY = 160 * 1024
 
 
 @triton.jit
@@ -300,10 +303,17 @@ def _by_length(mask: Tensor, scales: int, padded: int) -> _Texts:
     return _Texts(order, rows, lengths, bounds)
 
 
+def _launches(device: torch.device) -> dict[int, Launch]:
+    if device.type != "cuda":
+        return LAUNCHES
+    shared_bytes: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return LAUNCHES if shared_bytes >= LARGE_SHARED_MEMORY else SMALL_LAUNCHES
+
+
 def _sizes(query: Tensor, key: Tensor) -> tuple[int, dict[str, Any]]:
     """Number of groups of texts at most, and the kernels' arguments after the tensors."""
     n_texts, scales, tokens, heads, d = key.shape
-    launch = LAUNCHES[query.element_size()]
+    launch = _launches(query.device)[query.element_size()]
     padded = max(4, triton.next_power_of_2(tokens))
     texts = max(1, launch.columns // padded)
     # The plain product of float32 operands, or TF32 where torch.set_float32_matmul_precision allows it.
