@@ -29,18 +29,18 @@ from msa_openclip.pair_scores import (
 )
 from msa_openclip.pair_scores_cpu import tiled_attention
 
-# Without a GPU the Triton kernels run in Triton's interpreter, which it is asked for before it is imported.
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
+ON_GPU = torch.cuda.is_available()
+# Set by conftest.py where there is no GPU: triton reads it once, when it is first imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 IMPLEMENTATIONS: dict[str, PairAttention] = {"eager": eager_attention, "tiled": tiled_attention}
-if importlib.util.find_spec("triton"):
+if HAS_TRITON and INTERPRETED:
     pair_scores_triton = importlib.import_module("msa_openclip.pair_scores_triton")
     IMPLEMENTATIONS["triton"] = pair_scores_triton.triton_attention
-    if DEVICE == "cpu":  # Small programs: several of them even here, and quicker to interpret.
-        small = pair_scores_triton.Launch(images=16, columns=32, warps=4, stages=1)
-        pair_scores_triton.LAUNCHES.update({2: small, 4: small})
+    # Small programs: several of them even here, and quicker to interpret.
+    small = pair_scores_triton.Launch(images=16, columns=32, warps=4, stages=1)
+    pair_scores_triton.LAUNCHES.update({2: small, 4: small})
 FLOAT64 = ("eager", "tiled")
 """Implementations that take float64; the others are held to a float32 tolerance."""
 
@@ -449,3 +449,22 @@ def test_the_softmax_is_one_over_real_tokens() -> None:
     expected = 2 * (4 * 0.25 + 8 * 0.75) + 3 * 0.5 + 0.25
     assert match_logits(images, texts).item() == pytest.approx(expected)
     assert naive_logits(images, texts).item() == pytest.approx(expected)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_triton_kernels_on_a_gpu(precision: torch.dtype) -> None:
+    """Compiled, at full program size; the interpreter runs the rest of the suite."""
+    images, texts = random_sides(images=131, texts=67, tokens=30, heads=3, width=64, dtype=precision)
+    upstream = torch.randn(2, 131, 67)
+    wanted_sides = cast(images, torch.float64), cast(texts, torch.float64)
+    wanted = [eager(*wanted_sides), *gradients(eager, *wanted_sides, upstream)]
+
+    def on_gpu(image_side: ImageSide, text_side: TextSide) -> Tensor:
+        there = ImageSide(*(f.cuda() for f in image_side)), TextSide(*(f.cuda() for f in text_side))
+        return match_logits(*there).cpu()
+
+    found = [on_gpu(images, texts), *gradients(on_gpu, images, texts, upstream)]
+    tolerance = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[precision]
+    for mine, exact in zip(found, wanted, strict=True):
+        assert (mine.double() - exact).abs().max() <= tolerance * exact.abs().max()

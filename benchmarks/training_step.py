@@ -1,0 +1,83 @@
+"""A training step of an MSA model against the plain CLIP model it is built on, and where the time goes.
+
+    python benchmarks/training_step.py --batch 8 --out docs/results/training_step.json
+    python benchmarks/training_step.py --batch 1024 --device cuda --amp --out docs/results/training_step_gpu.json
+
+Forwards, loss, backwards and an AdamW step on random pixels and captions, random weights, both models in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from pair_common import medians, record
+from torch.profiler import ProfilerActivity, profile
+
+SINGLE_PROCESS = {"local_loss": False, "gather_with_grad": False, "rank": 0, "world_size": 1, "accum_freq": 1}
+OTHERS = {"distill": False, "siglip": False, "horovod": False}
+
+
+def training_step(name: str, options: argparse.Namespace) -> Callable[[], None]:
+    """One step of a model by open_clip's own factory and loss."""
+    torch.manual_seed(0)
+    model = open_clip.create_model(name, device=options.device)
+    model.train()
+    if hasattr(model, "output_dict"):
+        model.output_dict = True
+    loss = open_clip.create_loss(Namespace(model=name, **SINGLE_PROCESS, **OTHERS))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    size = model.visual.image_size
+    pixels = torch.randn(options.batch, 3, *(size if isinstance(size, tuple) else (size, size)), device=options.device)
+    captions = [f"aerial image number {number} of a {'long ' * (number % 12)}river" for number in range(options.batch)]
+    ids = open_clip.get_tokenizer(name)(captions).to(options.device)
+    device_type = torch.device(options.device).type
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device_type, dtype=torch.bfloat16, enabled=options.amp):
+            terms: dict[str, Any] = loss(**model(pixels, ids), output_dict=True)
+        sum(terms.values()).backward()
+        optimizer.step()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs=2, default=["ViT-B-32", "MSA-ViT-B"], help="the plain one, ours")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", help="file to write")
+    options = parser.parse_args()
+    about = record()
+    steps = {name: training_step(name, options) for name in options.models}
+    on_gpu = options.device.startswith("cuda")
+    synchronize = torch.cuda.synchronize if on_gpu else lambda: None
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    times = medians(dict(steps), options.repeats, synchronize=synchronize)
+    plain, ours = (times[name] for name in options.models)
+    with profile(activities=activities) as profiler:
+        steps[options.models[1]]()
+    table = profiler.key_averages().table(
+        sort_by=f"self_{'device' if on_gpu else 'cpu'}_time_total", row_limit=15, max_name_column_width=48
+    )
+    print(table)
+    result = {"about": about, "batch": options.batch, "seconds": times, "slower_percent": 100 * (ours / plain - 1)}
+    print(json.dumps(result))
+    if options.out:
+        Path(options.out).write_text(
+            json.dumps({**result, "profile": table.splitlines()}, indent=1) + "\n", encoding="utf-8"
+        )
+
+
+if __name__ == "__main__":
+    main()
