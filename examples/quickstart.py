@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--captions", help="caption file, e.g. dataset_ucm.json (default: synthetic scenes)")
     parser.add_argument("--images", help="folder of its images")
     parser.add_argument("--scenes", type=int, default=1600, help="synthetic training scenes (1600)")
-    parser.add_argument("--epochs", type=int, default=12, help="passes over the images (12)")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the images (10)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (1e-3)")
     return parser.parse_args()
 
@@ -94,10 +94,11 @@ def plot_run(run: Path, path: Path) -> None:
     log = (run / "out.log").read_text(encoding="utf-8")
     results = [json.loads(line) for line in (run / "checkpoints" / "results.jsonl").read_text().splitlines()]
     figure, (losses, recalls) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    epochs = [int(e) + int(n) / int(total) for e, n, total in re.findall(r"Train Epoch: (\d+) \[ *(\d+)/(\d+)", log)]
     for term in ("Contrastive_loss", "Match_loss", "Consistency_loss"):
         values = [float(value) for value in re.findall(rf" {term}: ([0-9.eE+-]+) \(", log)]
-        losses.plot([5 * step for step in range(len(values))], values, label=term.lower())
-    losses.set(xlabel="step", ylabel="weighted loss", title="training")
+        losses.plot(epochs, values, label=term.lower())
+    losses.set(xlabel="epoch", ylabel="weighted loss", title="training")
     for ranking in ("global", "match", "fused"):
         values = [line[f"retrieval_{ranking}_mR"] for line in results]
         recalls.plot([line["epoch"] for line in results], values, marker="o", label=ranking)

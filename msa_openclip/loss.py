@@ -190,7 +190,7 @@ class MSALoss(nn.Module):
         )
 
     def _cosine(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """(R, E) and (C, E) -> (R, C), as ClipLoss does it; for the triplet term, a sum of small margins, in float32."""
+        """(R, E) and (C, E) -> (R, C), as ClipLoss does it; float32 for the triplet term, a sum of small margins."""
         if self.msa_cfg.loss.global_term == "infonce":
             return rows @ columns.T
         wide = torch.promote_types(rows.dtype, torch.float32)
