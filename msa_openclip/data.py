@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice, repeat
+from itertools import chain, repeat
 from typing import Any
 
 import webdataset as wds
@@ -19,13 +19,10 @@ from open_clip_train.data import DataInfo, ResampledShards2, SharedEpoch, detshu
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .shard_samples import Sample, Tally, decode, draw_caption, read_share
-from .shards import store
+from .shard_samples import Sample, Tally, decode, draw_caption, look_at_first_sample, read_share
 from .shares import Reader, ShardDataError, Share, part_of, sample_range, shard_sizes, shuffled, whole_shards
-from .streams import StreamError
 
 _SHUFFLE = {"bufsize": 5000, "initial": 1000}  # encoded samples in memory, as in open_clip
-_LOOK_AT_SHARDS = 4
 
 _log = logging.getLogger(__name__)
 
@@ -56,11 +53,8 @@ class ShardBatches(IterableDataset[Any]):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         reader = Reader(self.rank, self.ranks, worker, workers) if self.is_train else Reader(0, 1, worker, workers)
-        begin, end = part_of(self.batches, worker, workers)
         tally = Tally()
         rows = self._training_rows(reader, tally) if self.is_train else self._validation_rows(reader, tally)
-        if self.is_train:
-            rows = islice(rows, (end - begin) * self.batch_size)
         yield from wds.batched(self.batch_size, partial=True)(rows)
         yield tally
 
@@ -78,15 +72,25 @@ class ShardBatches(IterableDataset[Any]):
         return sample_range(urls, sizes, begin, min(end, begin + sum(sizes)))
 
     def _training_rows(self, reader: Reader, tally: Tally) -> Iterator[tuple[Tensor, Tensor]]:
-        """Without end: where samples could not be used, the first of the same shares come again in their place."""
-        epoch = self.epoch.get_value()
+        """As many as fill the batches of `reader`; where samples do not suffice, the first come again."""
+        begin, end = part_of(self.batches, reader.worker, reader.workers)
+        missing, epoch = (end - begin) * self.batch_size, self.epoch.get_value()
         shuffle = detshuffle2(**_SHUFFLE, seed=self.seed, epoch=self.epoch)
-        for shares in self._passes(reader):
-            for sample in shuffle.run(self._samples(shares, tally)):
+        passes = self._passes(reader)
+        first: list[Sample] = []  # kept, since less than a batch is missing as a rule: no shard is read twice for it
+        while missing:
+            enough = missing <= len(first)
+            for sample in tuple(first) if enough else shuffle.run(self._samples(next(passes), tally)):
                 image = self._image(sample, tally)
-                if image is not None:
-                    caption = draw_caption(sample["captions"], sample["__key__"], self.seed, epoch)
-                    yield image, self.tokenizer([caption])[0]
+                if image is None:
+                    continue
+                caption = draw_caption(sample["captions"], sample["__key__"], self.seed, epoch)
+                yield image, self.tokenizer([caption])[0]
+                missing -= 1
+                if not missing:
+                    return
+                if len(first) < self.batch_size:
+                    first.append(sample)
             if not tally.usable:
                 raise tally.nothing_usable(f"{self.urls[0]} and {len(self.urls) - 1} more shards")
 
@@ -141,7 +145,7 @@ def get_wds_dataset(
     resampled = bool(is_train and getattr(args, "dataset_resampled", False))
     if is_train and args.train_data_upsampling_factors is not None and not resampled:
         raise ShardDataError("--train-data-upsampling-factors weighs shards drawn by --dataset-resampled; give both.")
-    _look_at_first_sample(urls)
+    look_at_first_sample(urls)
     sizes = shard_sizes(urls)
     shared_epoch = SharedEpoch(epoch=epoch)
     if is_train:
@@ -173,19 +177,6 @@ def get_wds_dataset(
     loader.append(partial(_report, pattern=pattern))
     loader.num_batches, loader.num_samples = batches, samples
     return DataInfo(dataloader=loader, shared_epoch=shared_epoch)
-
-
-def _look_at_first_sample(urls: list[str]) -> None:
-    """Find a complete sample before anything else is built: wrong data is refused within seconds, by every rank."""
-    for url in urls:
-        if store.is_local(url) and not url.startswith("pipe:") and not store.exists(url):
-            raise StreamError(f"{url}: no such file. Check the name and the braces.")
-    tally = Tally()
-    for url in urls[:_LOOK_AT_SHARDS]:
-        with_samples = read_share(Share(url), tally, fill_cache=False)
-        if next(with_samples, None) is not None:
-            return
-    raise tally.nothing_usable(", ".join(urls[:_LOOK_AT_SHARDS]))
 
 
 def _count(pattern: str, sizes: list[int] | None) -> int:

@@ -10,7 +10,7 @@ import random
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -18,6 +18,7 @@ from open_clip_train.data import group_by_keys_nothrow
 from PIL import Image
 from webdataset.tariterators import base_plus_ext
 
+from .shards import store
 from .shards.records import clean_caption
 from .shares import ShardDataError, Share
 from .streams import StreamError, open_shard
@@ -27,6 +28,8 @@ IMAGE_MEMBERS = ("jpg", "png", "jpeg", "webp")
 EXPECTED = f"KEY.txt with captions, one a line, and one of {', '.join('KEY.' + name for name in IMAGE_MEMBERS)}"
 PATIENCE = 200
 """So many samples without a usable one prove that there is none."""
+
+LOOK_AT_SHARDS = 4
 
 Sample = dict[str, Any]
 
@@ -104,10 +107,28 @@ def read_share(share: Share, tally: Tally, *, fill_cache: bool = True) -> Iterat
                 if sample is not None:
                     yield sample
     except tarfile.TarError as error:
+        why = " ".join(str(error).split())
         raise StreamError(
-            f"{share.url}: damaged, or not a tar ({' '.join(str(error).split())}). `msa-openclip shards verify` finds the place; "
+            f"{share.url}: damaged, or not a tar ({why}). `msa-openclip shards verify` finds the place; "
             "copy or build the shard again."
         ) from error
+
+
+def look_at_first_sample(urls: Sequence[str]) -> None:
+    """Find one sample with image and captions: wrong data is refused within seconds, before anything else is built.
+
+    Raises:
+        StreamError: a local shard does not exist.
+        ShardDataError: there is none in the first LOOK_AT_SHARDS shards.
+    """
+    for url in urls:
+        if store.is_local(url) and not url.startswith("pipe:") and not store.exists(url):
+            raise StreamError(f"{url}: no such file. Check the name and the braces.")
+    tally = Tally()
+    for url in urls[:LOOK_AT_SHARDS]:
+        if next(read_share(Share(url), tally, fill_cache=False), None) is not None:
+            return
+    raise tally.nothing_usable(", ".join(urls[:LOOK_AT_SHARDS]))
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -134,7 +155,7 @@ def _members(file: IO[bytes], share: Share, tally: Tally) -> Iterator[dict[str, 
     """The members of the share as webdataset has them: `fname`, `data` (None if it is of no use here), `__url__`."""
     mode: Any = "r:*" if hasattr(file, "seek") else "r|*"
     index, last_key = -1, None
-    with tarfile.open(fileobj=file, mode=mode, bufsize=1 << 20, tarinfo=_StrictTarInfo) as tar:
+    with tarfile.open(fileobj=file, mode=mode, bufsize=1 << 16, tarinfo=_StrictTarInfo) as tar:
         while (info := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # TarFile would keep every header
             key, extension = base_plus_ext(info.name)

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from open_clip_train.data import DataInfo, SharedEpoch
 from stream_data import arguments, caption, image_bytes, image_sample, tar_bytes, write_shards
 
+from msa_openclip import shard_samples
 from msa_openclip.data import ShardBatches
 from msa_openclip.shard_samples import PATIENCE, Tally, draw_caption, read_share
 from msa_openclip.shares import Reader, ShardDataError, Share, part_of, shard_sizes
-from msa_openclip.streams import StreamError
+from msa_openclip.streams import StreamError, open_shard
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -113,6 +114,15 @@ def test_training_sees_each_image_once_and_less_than_a_global_batch_twice(
         orders.append([image for own in found for batch in own for image, _ in batch])
     assert orders[0] != orders[1], "another order in another epoch"
     assert [image for data in ranked for image, _ in rows(data, 0)] == orders[0], "the same order in the same epoch"
+
+
+def test_no_shard_is_read_twice_to_fill_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = write_shards(tmp_path, (9,))
+    data = dataset(pattern)
+    opened: list[str] = []
+    monkeypatch.setattr(shard_samples, "open_shard", lambda url, **_: opened.append(url) or open_shard(url))
+    assert len(rows(data)) == 12
+    assert len(opened) == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])
