@@ -19,7 +19,8 @@ from torch import Tensor
 from .pair_operator import pair_operator
 
 TILE_ROWS = 240
-"""Token rows of a tile; one text may have more."""
+"""Token rows of a tile; one text may have more, and few images get up to MOST_ROWS, so that tiles stay worth a call."""
+MOST_ROWS = 960
 TILE_LOGITS = 61_440
 """Logits of a tile per head, i.e. 256 images at 240 rows: the two or three tiles in use stay in the cache."""
 SAFE_EXPONENT = 64.0
@@ -78,9 +79,10 @@ class _Work:
         position = self.mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
         tiles: list[_Tile] = []
         first = by_length.count(0)  # Nothing to attend to adds nothing.
+        most_rows = max(TILE_ROWS, min(MOST_ROWS, TILE_LOGITS // max(1, len(self.query))))
         while first < len(by_length):
             last = first + 1
-            while last < len(by_length) and (last + 1 - first) * by_length[last] <= TILE_ROWS:
+            while last < len(by_length) and (last + 1 - first) * by_length[last] <= most_rows:
                 last += 1
             tokens = int(by_length[last - 1])
             texts = self.order[first:last, None]

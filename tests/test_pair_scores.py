@@ -137,6 +137,7 @@ def test_values_and_gradients_are_those_of_the_loops(logits: Logits, dtype: torc
 def test_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles small enough that every text and every few images have their own, the last ones uneven."""
     monkeypatch.setattr(pair_scores_cpu, "TILE_ROWS", 9)
+    monkeypatch.setattr(pair_scores_cpu, "MOST_ROWS", 9)
     monkeypatch.setattr(pair_scores_cpu, "TILE_LOGITS", 160)
     assert_matches_oracle(
         lambda i, t: logits_with(tiled_attention, i, t),
