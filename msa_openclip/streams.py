@@ -16,8 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
-from webdataset import gopen
-
 from .shards import store
 from .shards.records import ShardError
 
@@ -52,6 +50,8 @@ def open_shard(url: str, *, fill_cache: bool = True) -> IO[bytes]:
         StreamError: it is absent, forbidden, or fails more often than RETRIES_VARIABLE allows.
     """
     if url.startswith("pipe:"):
+        from webdataset import gopen  # brings torch along, which nothing else here needs
+
         return cast("IO[bytes]", gopen(url, "rb"))
     if not store.is_local(url):
         url_or_copy = _cached(url, Path(os.environ[CACHE_VARIABLE]), fill_cache) if _has_cache() else url

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
-import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -113,7 +115,7 @@ def test_retries_are_counted_anew_after_success_and_end_with_the_url(
 
 def test_waits_grow_and_are_bounded(flaky: str, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(streams.time, "sleep", waits.append)
+    monkeypatch.setattr(streams, "time", SimpleNamespace(sleep=waits.append))
     monkeypatch.setattr(streams, "_FIRST_WAIT_S", 0.5)
     monkeypatch.setenv(RETRIES_VARIABLE, "9")
     FlakyFileSystem.failures = [True] * 10
@@ -134,7 +136,7 @@ def test_waits_grow_and_are_bounded(flaky: str, monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_what_cannot_get_better_fails_at_once(url: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams.time, "sleep", lambda _: pytest.fail("waited"))
+    monkeypatch.setattr(streams, "time", SimpleNamespace(sleep=lambda _: pytest.fail("waited")))
     with pytest.raises(StreamError, match=message):
         open_shard(url)
     if "nosuch" not in url:
@@ -206,8 +208,10 @@ class NoRanges(SimpleHTTPRequestHandler):
 
     failures = 0
     status = 503
+    delay_s = 0.0
 
     def send_head(self) -> Any:
+        time.sleep(NoRanges.delay_s)
         if NoRanges.failures:
             NoRanges.failures -= 1
             self.send_error(NoRanges.status)
@@ -254,27 +258,16 @@ def test_a_web_server_that_is_overloaded_is_asked_again(server: str, monkeypatch
     with pytest.raises(StreamError, match="failed 6 times, last with ClientResponseError: 503"):
         open_shard(f"{server}/s-000.tar")
     monkeypatch.setattr(NoRanges, "status", 404)
-    monkeypatch.setattr(streams.time, "sleep", lambda _: pytest.fail("waited"))
+    monkeypatch.setattr(streams, "time", SimpleNamespace(sleep=lambda _: pytest.fail("waited")))
     with pytest.raises(StreamError, match=r"FileNotFoundError\. Check the name"):
         open_shard(f"{server}/s-000.tar")
 
 
-def _fetch(url: str, folder: str, at_once: Any, results: Any) -> None:
-    os.environ[CACHE_VARIABLE] = folder
-    at_once.wait()
-    results.put(len(content(url)))
-
-
-def test_processes_share_the_cache_without_locks(server: str, cache: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    at_once, results = context.Barrier(3), context.Queue()
+def test_processes_share_the_cache_without_locks(server: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NoRanges, "delay_s", 0.5)  # so that none of them finds what another has fetched
     url = f"{server}/s-000.tar"
-    processes = [context.Process(target=_fetch, args=(url, str(cache), at_once, results)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    sizes = {results.get(timeout=60) for _ in processes}
-    for process in processes:
-        process.join()
-    assert sizes == {len(content(url))}
+    code = "import sys; from msa_openclip.streams import open_shard; print(len(open_shard(sys.argv[1]).read()))"
+    processes = [subprocess.Popen([sys.executable, "-c", code, url], stdout=subprocess.PIPE) for _ in range(3)]
+    found = {int(process.communicate(timeout=50)[0]) for process in processes}
     (copy,) = cache.iterdir()
-    assert copy.stat().st_size in sizes
+    assert found == {copy.stat().st_size} == {len(content(url))}
