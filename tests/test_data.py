@@ -311,9 +311,12 @@ def test_images_that_all_fail_to_decode_end_the_epoch(tmp_path: Path, is_train: 
         list(data.dataloader)
 
 
-def test_many_unusable_samples_among_usable_ones_are_no_reason_to_stop(tmp_path: Path) -> None:
-    lacking = [[(f"a{i:03}.jpg", JPEG)] for i in range(PATIENCE + 5)]
-    data = dataset(wrong(tmp_path, image_sample(0, 1), *lacking), train_num_samples=1, batch_size=1)
+@pytest.mark.parametrize("members", [{"jpg": JPEG}, {"jpg": b"not a JPEG", "txt": TEXT}], ids=["lacking", "broken"])
+def test_many_unusable_samples_among_usable_ones_are_no_reason_to_stop(
+    tmp_path: Path, members: dict[str, bytes]
+) -> None:
+    bad = [[(f"a{i:03}.{name}", data) for name, data in members.items()] for i in range(PATIENCE + 5)]
+    data = dataset(wrong(tmp_path, image_sample(0, 1), *bad), is_train=False)
     assert rows(data) == [(0, 0)]
 
 
@@ -383,7 +386,7 @@ def test_a_missing_shard_is_named_at_once(tmp_path: Path) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(cut=st.integers(0, 10**6))
+@given(cut=st.integers(0, 10**6) | st.integers(0, 99).map(tarfile.BLOCKSIZE.__mul__))
 def test_a_shard_cut_off_anywhere_is_refused(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     whole = tar_bytes([member for number in range(3) for member in image_sample(number, 2)])
     end = len(whole.rstrip(b"\0"))
