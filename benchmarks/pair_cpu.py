@@ -1,7 +1,8 @@
 """The pair stage on a CPU against its eager form, the method as released and the machine's own matrix product.
 
-    python benchmarks/pair_cpu.py speed --out docs/results/pair_cpu_speed.json
-    python benchmarks/pair_cpu.py naive --out docs/results/pair_cpu_naive.json
+    python benchmarks/pair_cpu.py speed --sizes 16 32 64 128 256 512 --out docs/results/pair_cpu_speed.json
+    python benchmarks/pair_cpu.py speed --sizes 256 512 1024 --eager-up-to 0 --out docs/results/pair_cpu_growth.json
+    python benchmarks/pair_cpu.py naive --sizes 16 32 64 --out docs/results/pair_cpu_naive.json
     python benchmarks/pair_cpu.py memory --out docs/results/pair_cpu_memory.json
     python benchmarks/pair_cpu.py rsicd --out docs/results/pair_cpu_rsicd.json
     python benchmarks/pair_cpu.py plot --out docs/images/pair_cpu.svg
@@ -151,8 +152,11 @@ def plot(options: argparse.Namespace) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    runs = json.loads(Path(options.results, "pair_cpu_speed.json").read_text())["rows"]
-    peaks = json.loads(Path(options.results, "pair_cpu_memory.json").read_text())["rows"]
+    def rows(name: str) -> list[dict[str, Any]]:
+        return list(json.loads(Path(options.results, f"pair_cpu_{name}.json").read_text())["rows"])
+
+    runs, peaks = rows("speed"), rows("memory")
+    runs += [row for row in rows("growth") if row["size"] > runs[-1]["size"]]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for part, factor, style in (("forward", 1, "--"), ("step", 3, "-")):
         for name, colour in (("ours", "tab:blue"), ("eager", "tab:orange")):
@@ -161,12 +165,12 @@ def plot(options: argparse.Namespace) -> None:
             left.loglog(*zip(*points, strict=True), style, marker="o", ms=3, color=colour, label=f"{name}, {part}")
         limits = [factor * row["limit_seconds_forward"] for row in runs]
         left.loglog([row["size"] for row in runs], limits, style, color="grey", label=f"matrix product, {part}")
-    left.set(xlabel="images = texts", ylabel="seconds", title="Time, fp32")
+    left.set(xlabel="images = texts", ylabel="seconds", title="Time, float32, two cores")
     left.legend(fontsize=7)
     for name, colour in (("ours", "tab:blue"), ("eager", "tab:orange")):
         points = [(row["size"], row[name]["extra_mib"]) for row in peaks if name in row]
         right.loglog(*zip(*points, strict=True), marker="o", ms=3, color=colour, label=name)
-    right.set(xlabel="images = texts", ylabel="MiB", title="Peak memory of a step beyond operands and gradients")
+    right.set(xlabel="images = texts", ylabel="MiB", title="Peak memory of a step, beyond\noperands and gradients")
     right.legend(fontsize=7)
     figure.savefig(options.out, metadata={"Date": None})
 
