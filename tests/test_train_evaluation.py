@@ -25,19 +25,6 @@ from msa_openclip.scoring import Scorer
 
 Train = Callable[..., list[dict[str, float]]]
 
-ON_CPU_RANKS = """
-import sys
-import torch
-
-class OnCPU(torch.nn.parallel.DistributedDataParallel):
-    def __init__(self, module, device_ids, **settings):  # open_clip 3.3 names the device, which CPU modules refuse
-        super().__init__(module, **settings)
-
-torch.nn.parallel.DistributedDataParallel = OnCPU
-from open_clip_train.main import main
-main(sys.argv[1:])
-"""
-
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
@@ -51,9 +38,8 @@ def train(tiny_configs: Path, tmp_path: Path, shards: dict[str, str]) -> Train:
     """Run open_clip's own trainer as a user does; the lines of results.jsonl."""
 
     def run(model: str, val: str, *flags: str, ranks: int = 1, **environment: str) -> list[dict[str, float]]:
-        (tmp_path / "on_cpu_ranks.py").write_text(ON_CPU_RANKS)
         launch = ["open_clip_train.main"] if ranks == 1 else ["torch.distributed.run", "--standalone"]
-        launch += [f"--nproc_per_node={ranks}", "on_cpu_ranks.py"] if ranks > 1 else []
+        launch += [f"--nproc_per_node={ranks}", str(Path(__file__).with_name("on_cpu_ranks.py"))] if ranks > 1 else []
         command = [
             *(sys.executable, "-m", *launch, "--model", model, "--val-data", shards[val]),
             *("--batch-size", "4", "--workers", "1", "--device", "cpu", "--name", "run"),
