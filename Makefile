@@ -10,7 +10,7 @@ demo: install  ## Build shards, train MSA-ViT-Ti on them, report recalls: make d
 	$(BIN)/python examples/quickstart.py --out $(OUT) $(if $(UCM),--captions $(UCM)/dataset_ucm.json --images $(UCM)/images) $(ARGS)
 
 test: install  ## Run the whole test suite: make test [ARGS="-k loss"]
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: install  ## Lint and type checks
 	$(BIN)/ruff check .

@@ -37,6 +37,7 @@ EXTRAS = {
     "test": [
         "pytest>=8",
         "pytest-timeout>=2.2",
+        "pytest-xdist>=3.5",  # the suite on two cores
         "hypothesis>=6.100",
         "moto[server]>=5",  # the local S3 server of the tests
         "aiohttp>=3.9",

@@ -18,7 +18,7 @@ from open_clip import get_tokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import nn
 
-from .eval_data import EvalSet, read_csv, read_shards
+from .eval_data import CaptionedImage, EvalDataError, EvalSet, load_image, read_csv, read_shards
 from .evaluation import EvalOptions, Evaluation, Peers, evaluate
 from .model import MSACLIP
 from .scoring import Scorer
@@ -120,6 +120,9 @@ def _is_csv(args: Any) -> bool:
 def _validation_set(val_data: str, is_csv: bool, image_key: str, caption_key: str, separator: str) -> EvalSet:
     """Read once, used after every epoch."""
     images = read_csv(val_data, image_key, caption_key, separator) if is_csv else read_shards(val_data)
+    images = [image for image in images if _is_readable(image)]
+    if not images:
+        raise EvalDataError(f"{val_data}: no image can be read; the log names them with their reasons.")
     data = EvalSet(images, val_data)
     _log.info(
         "Retrieval on %s: %d images, %d captions (%d distinct).",
@@ -129,3 +132,13 @@ def _validation_set(val_data: str, is_csv: bool, image_key: str, caption_key: st
         len(data.texts),
     )
     return data
+
+
+def _is_readable(image: CaptionedImage) -> bool:
+    """Whether it decodes; if not, the log says why. A run of hours must not end because of one broken image."""
+    try:
+        load_image(image)
+    except EvalDataError as error:
+        _log.warning("Left out of the retrieval metrics: %s", error)
+        return False
+    return True

@@ -16,7 +16,7 @@ import open_clip
 import open_clip_train.train
 import pytest
 import torch
-from retrieval_data import Oracle, Tokenizer, randomise, write_shards
+from retrieval_data import Oracle, Tokenizer, randomise, write_captioned_scenes, write_shards
 
 from msa_openclip import train_evaluation
 from msa_openclip.eval_data import EvalDataError, EvalSet, read_shards
@@ -198,6 +198,27 @@ def test_csv(shards: dict[str, str], tmp_path: Path) -> None:
     found = train_evaluation.retrieval_metrics(randomise(NamedOracle(constant=True)), args, Tokenizer())
     assert found["retrieval_global_t2i_R@1"] == pytest.approx(50)
     assert found["retrieval_global_merged_mR"] == pytest.approx((50 + 5 * 100) / 6 + 50 / 6 - 100 / 6)
+
+
+def test_a_broken_image_is_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    captions = write_captioned_scenes(tmp_path, count=4)
+    images = sorted((captions.parent / "images").iterdir())
+    lines = [f"{path}\tcaption {number}" for number, path in enumerate(images)]
+    whole, sound = tmp_path / "whole.csv", tmp_path / "sound.csv"
+    whole.write_text("\n".join(["filepath\ttitle", *lines]))
+    sound.write_text("\n".join(["filepath\ttitle", *lines[:2], *lines[3:]]))
+    images[2].write_bytes(images[2].read_bytes()[:70])
+    model, tokenizer = randomise(NamedOracle(constant=True)), Tokenizer()
+    found, expected = (
+        train_evaluation.retrieval_metrics(model, arguments(str(table), tmp_path, dataset_type="csv"), tokenizer)
+        for table in (whole, sound)
+    )
+    assert found == expected
+    assert f"{images[2]}: image {images[2]} cannot be read" in caplog.text
+    sound.write_text("\n".join(["filepath\ttitle", lines[2]]))
+    train_evaluation._validation_set.cache_clear()
+    with pytest.raises(EvalDataError, match="no image can be read; the log names them"):
+        train_evaluation.retrieval_metrics(model, arguments(str(sound), tmp_path, dataset_type="csv"), tokenizer)
 
 
 def test_bad_setting_and_bad_shards_are_named(
