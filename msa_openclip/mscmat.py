@@ -36,7 +36,7 @@ class ScaleHead(nn.Module):
     """The learned maps of one scale: P_s, the attention and (w_s, b_s).
 
     `attention` and `match` hold parameters in their standard modules, so that initialisation, conversion to low
-    precision and state dicts are the usual ones; `fold_image` and `fold_text` apply them.
+    precision and state dicts are the usual ones; `fold_projected` and `fold_text` apply them.
     """
 
     def __init__(self, channels: int, width: int, heads: int, score: Score) -> None:
@@ -47,10 +47,6 @@ class ScaleHead(nn.Module):
         self.match = nn.Linear(width, 1)
         # Its name keeps weight decay off it (open_clip's optimizer groups go by name).
         self.logit_scale = nn.Parameter(torch.tensor([-math.log(score.temperature)])) if score.temperature else None
-
-    def fold_image(self, pooled: Tensor, norm: WideLayerNorm) -> ImageSide:
-        """(I, C_s) pooled vectors z_s -> q, u, g, r of this scale."""
-        return self.fold_projected(self.project(pooled), norm)
 
     def fold_projected(self, projected: Tensor, norm: WideLayerNorm) -> ImageSide:
         """(I, D) projected vectors m -> q, u, g, r of this scale."""
@@ -107,8 +103,7 @@ class MSCMAT(nn.Module):
 
     def fold_image(self, pooled: Sequence[Tensor]) -> ImageSide:
         """Pooled vectors z_s, S tensors of (I, C_s) -> ImageSide."""
-        sides = [head.fold_image(z, self.ln_image) for head, z in zip(self.heads, pooled, strict=True)]
-        return ImageSide(*(torch.stack(field, dim=1) for field in zip(*sides, strict=True)))
+        return self.fold_projected(self.project_image(pooled))
 
     def project_image(self, pooled: Sequence[Tensor]) -> Tensor:
         """Pooled vectors z_s, S tensors of (I, C_s) -> projected vectors m (I, S, D), what an index keeps."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import uuid
-from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -99,25 +97,6 @@ def test_memory_in_memory_out(source: Path, reference: dict[str, bytes]) -> None
             build(captions, "memory://places/other", workers=2, engine="process", **arguments)
     finally:
         fsspec.filesystem("memory").rm("/places", recursive=True)
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket on an S3 server of this machine, reached by real HTTP requests."""
-    server_module = pytest.importorskip("moto.server", reason="moto[server] (extra test) is not installed")
-    s3fs = pytest.importorskip("s3fs", reason="s3fs (extra s3) is not installed")
-    server = server_module.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
-        monkeypatch.setenv(name, "us-east-1")
-    s3fs.S3FileSystem.clear_instance_cache()
-    name = f"bucket-{uuid.uuid4().hex}"  # the server keeps its state for as long as this process lives
-    s3fs.S3FileSystem().mkdir(name)
-    yield f"s3://{name}"
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # botocore's and moto's own

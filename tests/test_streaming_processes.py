@@ -8,9 +8,7 @@ import re
 import subprocess
 import sys
 import time
-import uuid
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,26 +95,6 @@ def test_local_shards(train: Any, tmp_path: Path, workers: int, ranks: int, star
     pattern = write_shards(tmp_path / "shards", (5, 8, 6), captions=CAPTIONS)
     run = train(f"file://{pattern}" if start == "spawn" else pattern, workers=workers, ranks=ranks, start=start)
     assert_every_sample_once(run, ranks)
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket on an S3 server of this machine, reached by real HTTP requests."""
-    server_module = pytest.importorskip("moto.server", reason="moto[server] (extra test) is not installed")
-    s3fs = pytest.importorskip("s3fs", reason="s3fs (extra s3) is not installed")
-    server = server_module.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    s3fs.S3FileSystem.clear_instance_cache()
-    name = f"bucket-{uuid.uuid4().hex}"  # the server keeps its state for as long as this process lives
-    s3fs.S3FileSystem().mkdir(name)
-    yield f"s3://{name}"
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
 
 
 def upload(folder: Path, bucket: str) -> None:
