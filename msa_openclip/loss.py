@@ -5,14 +5,14 @@ Shapes: R rows and C columns of a block of scores (one of them images, the other
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import Loss as LossCfg
 from .config import MSACfg
+from .gather import Gather, scale_gradient
 from .mscmat import IMAGE_SIDE_KEYS, TEXT_SIDE_KEYS, match_scores
 from .pair_scores import ImageSide, TextSide
 
@@ -106,6 +106,7 @@ class MSALoss(nn.Module):
         self.gather_with_grad = gather_with_grad
         self.rank = rank
         self.world_size = world_size
+        self.gather = Gather(rank=rank, world_size=world_size, local_loss=self.local_loss, with_grad=gather_with_grad)
         self.accum_freq = accum_freq
 
     def forward(
@@ -130,7 +131,7 @@ class MSALoss(nn.Module):
             **sides: the folded sides, under the keys `match_image_*` and `match_text_*` of `MSACLIP.forward`.
         """
         # Every micro-batch's backward adds the whole gradient of the scale (its features' gradients are added once).
-        logit_scale = _scale_gradient(logit_scale, 1 / self.accum_freq)
+        logit_scale = scale_gradient(logit_scale, 1 / self.accum_freq)
         images, texts = self._sides(sides)
         per_image, per_text = self._blocks(image_features, text_features, images, texts, text_ids)
         terms = self._terms(per_image, per_text, logit_scale)
@@ -169,10 +170,10 @@ class MSALoss(nn.Module):
         text_ids: Tensor | None,
     ) -> tuple[Block, Block]:
         """Scores of images against texts and of texts against images, this rank's rows or all of them."""
-        all_image_features, all_text_features = self._gather(image_features), self._gather(text_features)
-        all_images = None if images is None else ImageSide(*map(self._gather, images))
-        texts = None if texts is None else self._without_common_padding(texts)
-        all_texts = None if texts is None else TextSide(*map(self._gather, texts))
+        all_image_features, all_text_features = self.gather(image_features), self.gather(text_features)
+        all_images = None if images is None else ImageSide(*map(self.gather, images))
+        texts = None if texts is None else self.gather.without_common_padding(texts)
+        all_texts = None if texts is None else TextSide(*map(self.gather, texts))
         group = self._caption_groups(text_ids, len(all_text_features), all_text_features.device)
         own = torch.arange(len(group), device=group.device)
         if self.local_loss:
@@ -204,55 +205,8 @@ class MSALoss(nn.Module):
         """A number for each text of the whole batch, equal where captions are identical and that counts."""
         if text_ids is None or not self.msa_cfg.loss.identical_captions:
             return torch.arange(count, device=device)
-        group: Tensor = torch.unique(self._gather(text_ids), dim=0, return_inverse=True)[1]
+        group: Tensor = torch.unique(self.gather(text_ids), dim=0, return_inverse=True)[1]
         return group
-
-    def _without_common_padding(self, texts: TextSide) -> TextSide:
-        """Without the token positions after the longest text of all ranks: keys and values are most of what is sent."""
-        if self.world_size == 1:
-            return texts
-        used = texts.mask.any(dim=0)
-        length = (used * torch.arange(1, len(used) + 1, device=used.device)).max()
-        dist.all_reduce(length, op=dist.ReduceOp.MAX)
-        end = max(int(length), 1)
-        return texts._replace(key=texts.key[:, :, :end], value=texts.value[:, :, :end], mask=texts.mask[:, :end])
-
-    def _gather(self, x: Tensor) -> Tensor:
-        """Concatenate a batch-first tensor over ranks, (B, ...) -> (world_size B, ...), with ClipLoss's gradients."""
-        if self.world_size == 1:
-            return x
-        if not x.is_floating_point():
-            return torch.cat(_all_gather(x.to(torch.int64), self.world_size)).to(x.dtype)
-        if self.gather_with_grad:
-            gathered_with_grad: Tensor = _GatherWithGrad.apply(x, self.rank, self.world_size)
-            return gathered_with_grad
-        gathered = _all_gather(x.detach(), self.world_size)
-        if not self.local_loss:
-            # Only this rank's own part has a gradient here, and the mean over ranks would divide it by their number.
-            gathered[self.rank] = _scale_gradient(x, float(self.world_size))
-        return torch.cat(gathered)
-
-
-class _GatherWithGrad(torch.autograd.Function):
-    """Concatenation over ranks whose backward sums each part's gradient over ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rank: int, world_size: int) -> Tensor:
-        ctx.own = slice(rank * len(x), (rank + 1) * len(x))
-        return torch.cat(_all_gather(x, world_size))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)  # gloo has no reduce_scatter on every torch version that we support
-        return gradient[ctx.own], None, None
-
-
-def _all_gather(x: Tensor, world_size: int) -> list[Tensor]:
-    x = x.contiguous()
-    gathered = [torch.empty_like(x) for _ in range(world_size)]
-    dist.all_gather(gathered, x)
-    return gathered
 
 
 def _match(cfg: LossCfg, per_image: Block, per_text: Block) -> Tensor:
@@ -271,10 +225,3 @@ def _consistency(cfg: LossCfg, per_image: Block, per_text: Block) -> Tensor:
     if cfg.consistency == "released":
         return released_consistency_term(per_text.match, temperature)
     return (consistency_term(per_image.match, temperature) + consistency_term(per_text.match, temperature)) / 2
-
-
-def _scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """`x` itself, with its gradient multiplied by `factor`."""
-    if factor == 1 or not x.requires_grad:
-        return x
-    return x.detach() + factor * (x - x.detach())

@@ -95,7 +95,7 @@ def trim_rank(rank: int, world_size: int, folder: str) -> None:
         loss = MSALoss(model.msa_cfg, rank=rank, world_size=world_size)
         _, side = loss._sides(output)
         assert side is not None
-        trimmed = loss._without_common_padding(side)
+        trimmed = loss.gather.without_common_padding(side)
         torch.save((side.mask.sum(1), trimmed.key.shape, trimmed.value.shape, trimmed.mask), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
