@@ -14,7 +14,13 @@ from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from types import ModuleType
 
-WATCHED = ("open_clip.factory", "open_clip.push_to_hf_hub", "open_clip_train.data", "open_clip_train.train")
+WATCHED = (
+    "open_clip.factory",
+    "open_clip.push_to_hf_hub",
+    "open_clip.transform",
+    "open_clip_train.data",
+    "open_clip_train.train",
+)
 """Modules that `registration` extends."""
 
 

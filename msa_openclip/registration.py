@@ -1,4 +1,4 @@
-"""The only file that touches open_clip's names: configs, tags, model class, loss, saving for the hub, data, validation.
+"""The only file that touches open_clip's names: configs, tags, model class, loss, hub, transforms, data, validation.
 
 A model whose configuration has the key `msa_cfg` is ours; for every other model open_clip's own functions run.
 `autoload` calls `extend` with each watched module right after it has executed, so this file imports nothing heavy.
@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -266,6 +266,33 @@ def _as_built(config: dict[str, Any], model: Any, tokenizer: Any) -> dict[str, A
     return {**config, **built, **({"quick_gelu": True} if quick_gelu else {})}
 
 
+# ---- augmentation
+
+
+def _extend_transform(transform: ModuleType) -> None:
+    """Let every model's `aug_cfg` have the key `dihedral`, which open_clip would refuse as unknown."""
+    original = getattr(transform, "image_transform", None)
+    if original is None:
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def image_transform(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        aug_cfg = call.arguments.get("aug_cfg")
+        if not isinstance(aug_cfg, Mapping) or "dihedral" not in aug_cfg:
+            return original(*args, **kwargs)
+        from torchvision.transforms import Compose  # type: ignore[import-untyped]
+
+        from .augmentation import RandomDihedral, split_aug_cfg
+
+        wanted, call.arguments["aug_cfg"] = split_aug_cfg(aug_cfg)
+        made = original(*call.args, **call.kwargs)
+        return Compose([RandomDihedral(), made]) if wanted and call.arguments["is_train"] else made
+
+    _replace(transform, "image_transform", image_transform)
+
+
 # ---- validation while training
 
 
@@ -303,6 +330,7 @@ def _extend_train_data(data: ModuleType) -> None:
 _EXTENSIONS: dict[str, Callable[[ModuleType], None]] = {
     "open_clip.factory": _extend_factory,
     "open_clip.push_to_hf_hub": _extend_push_to_hf_hub,
+    "open_clip.transform": _extend_transform,
     "open_clip_train.data": _extend_train_data,
     "open_clip_train.train": _extend_train,
 }
