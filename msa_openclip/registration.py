@@ -21,6 +21,8 @@ from typing import Any
 SUPPORTED_OPEN_CLIP = ">=3.3.0,<4"
 CONFIG_DIR_VARIABLE = "MSA_OPENCLIP_CONFIGS"
 """Environment variable: a directory of model configuration files of the user's own (several, as in PATH)."""
+LOADER_VARIABLE = "MSA_OPENCLIP_LOADER"
+"""Environment variable: `msa` (default) reads shards by our loader for MSA models, `all` for every model."""
 
 _EXTENDED = "_msa_openclip_extended"
 _FACTORY_NAMES = (
@@ -313,12 +315,18 @@ def _extend_train(train: ModuleType) -> None:
 
 
 def _extend_train_data(data: ModuleType) -> None:
-    """Let MSA models read shards by our loader; `get_dataset_fn` looks open_clip's own up under this name."""
+    """Let MSA models read shards by our loader; `get_dataset_fn` looks open_clip's own up under this name.
+
+    With LOADER_VARIABLE=all other models read by it too, so that two models can be compared on the same batches.
+    """
     original = data.get_wds_dataset
 
     @functools.wraps(original)
     def get_wds_dataset(args: Any, *positional: Any, **named: Any) -> Any:
-        if _msa_cfg(getattr(args, "model", ""), getattr(args, "cache_dir", None)) is None:
+        wanted = os.environ.get(LOADER_VARIABLE, "msa")
+        if wanted not in ("msa", "all"):
+            raise ValueError(f"{LOADER_VARIABLE}: {wanted!r} is unknown; choose msa or all.")
+        if wanted == "msa" and _msa_cfg(getattr(args, "model", ""), getattr(args, "cache_dir", None)) is None:
             return original(args, *positional, **named)
         from . import data as shard_data
 

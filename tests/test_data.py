@@ -422,3 +422,13 @@ def test_other_models_keep_the_loader_of_open_clip(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(original, "__defaults__", None)
     called = open_clip_train.data.get_wds_dataset(args, "transform", is_train=True, epoch=3, tokenizer="t")
     assert called == ((args, "transform"), {"is_train": True, "epoch": 3, "tokenizer": "t"})
+
+
+def test_other_models_read_by_our_loader_where_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = write_shards(tmp_path, (6, 6), captions=3)
+    ours = batches(dataset(pattern, batch_size=3))
+    monkeypatch.setenv("MSA_OPENCLIP_LOADER", "all")
+    assert batches(dataset(pattern, model="ViT-B-32", batch_size=3)) == ours
+    monkeypatch.setenv("MSA_OPENCLIP_LOADER", "yes")
+    with pytest.raises(ValueError, match="MSA_OPENCLIP_LOADER: 'yes' is unknown; choose msa or all"):
+        dataset(pattern, model="ViT-B-32")
