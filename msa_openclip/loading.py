@@ -11,6 +11,7 @@ from open_clip.factory import load_state_dict
 from .eval_data import Preprocess
 from .evaluation import Tokenizer
 from .model import MSACLIP
+from .run_parameters import model_options
 from .scoring import Scorer
 
 UNTRAINED = "untrained"
@@ -32,7 +33,7 @@ class LoadedModel:
 
 
 def load(spec: str, device: str = "cpu", precision: str = "fp32") -> LoadedModel:
-    """Load an open_clip model.
+    """Load an open_clip model; a checkpoint in its run's folder as the run built it (`--force-*`, `--image-*`).
 
     Args:
         spec: `NAME=FILE`, `NAME=TAG` (a pretrained tag of open_clip), `hf-hub:ORG/REPO` or `local-dir:FOLDER`.
@@ -42,6 +43,7 @@ def load(spec: str, device: str = "cpu", precision: str = "fp32") -> LoadedModel
         ModelError: the model or its weights do not exist, or an MSA model would be left with a random MSCMAT.
     """
     name, pretrained = split_spec(spec)
+    as_trained = model_options(pretrained, name) if pretrained else {}
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(
             name,
@@ -49,8 +51,9 @@ def load(spec: str, device: str = "cpu", precision: str = "fp32") -> LoadedModel
             load_weights=pretrained != UNTRAINED,
             precision=precision,
             device=device,
+            **as_trained,
         )
-        tokenizer = open_clip.get_tokenizer(name)
+        tokenizer = open_clip.get_tokenizer(name, context_length=as_trained.get("force_context_length"))
     except (RuntimeError, OSError, KeyError) as error:
         raise ModelError(f"{spec}: cannot be loaded: {error}") from error
     if isinstance(model, MSACLIP) and pretrained not in (None, UNTRAINED):

@@ -12,11 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .run_parameters import RunError, read_parameters
+
 METRIC = "retrieval_fused_mR"
-
-
-class RunError(ValueError):
-    """A run's folder does not hold what is needed; the message names the file and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -58,21 +56,7 @@ def best_epoch(run: str, metric: str = METRIC) -> BestEpoch:
     checkpoint = folder / "checkpoints" / f"epoch_{epoch}.pt"
     if not checkpoint.is_file():
         raise RunError(f"{checkpoint}: not found, and epoch {epoch} is the best; train with --save-frequency 1.")
-    return BestEpoch(run, model_of_run(folder), epoch, metric, values[epoch], str(checkpoint))
-
-
-def model_of_run(folder: Path) -> str:
-    """The --model of a run, from its params.txt.
-
-    Raises:
-        RunError: there is no such file or line.
-    """
-    path = folder / "params.txt"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for line in lines:
-        if line.startswith("model: "):
-            return line.removeprefix("model: ")
-    raise RunError(f"{path}: no line 'model: NAME'; this is no run of open_clip_train.main.")
+    return BestEpoch(run, read_parameters(folder)["model"], epoch, metric, values[epoch], str(checkpoint))
 
 
 def mean_and_sd(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float]]:
