@@ -1,4 +1,4 @@
-"""Batch-first tensors of all ranks, joined, with the gradients that open_clip's ClipLoss gives its features."""
+"""What ranks tell each other: features and image sides joined over ranks, scores dealt out to those that rank them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .pair_scores import TextSide
-
 
 @dataclass(frozen=True, kw_only=True)
 class Gather:
@@ -20,7 +18,7 @@ class Gather:
         rank: of this process.
         world_size: number of ranks; with one, nothing is sent.
         local_loss: each rank computes only its own rows and columns.
-        with_grad: gradients flow back to the ranks that a tensor came from.
+        with_grad: the features' gradients flow back to the ranks that they came from.
     """
 
     rank: int = 0
@@ -28,30 +26,37 @@ class Gather:
     local_loss: bool = False
     with_grad: bool = False
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Concatenate a batch-first tensor over ranks, (B, ...) -> (world_size B, ...)."""
+    def features(self, x: Tensor) -> Tensor:
+        """Concatenate features or ids over ranks, (B, ...) -> (world_size B, ...), with ClipLoss's gradients."""
         if self.world_size == 1:
             return x
         if not x.is_floating_point():
-            return torch.cat(_all_gather(x.to(torch.int64), self.world_size)).to(x.dtype)
+            return _all_gather(x, self.world_size)
         if self.with_grad:
-            gathered_with_grad: Tensor = _GatherWithGrad.apply(x, self.rank, self.world_size)
-            return gathered_with_grad
+            return self.exactly(x)
+        before, after = self.rank * len(x), (self.rank + 1) * len(x)
         gathered = _all_gather(x.detach(), self.world_size)
-        if not self.local_loss:
-            # Only this rank's own part has a gradient here, and the mean over ranks would divide it by their number.
-            gathered[self.rank] = scale_gradient(x, float(self.world_size))
-        return torch.cat(gathered)
+        if self.local_loss:
+            return gathered
+        # Only this rank's own part has a gradient here, and the mean over ranks would divide it by their number.
+        own = scale_gradient(x, float(self.world_size))
+        return torch.cat([gathered[:before], own, gathered[after:]])
 
-    def without_common_padding(self, texts: TextSide) -> TextSide:
-        """Without the token positions after the longest text of all ranks: keys and values are most of what is sent."""
+    def exactly(self, x: Tensor) -> Tensor:
+        """Concatenate over ranks, (B, ...) -> (world_size B, ...); each part's gradient is the sum of all ranks'."""
         if self.world_size == 1:
-            return texts
-        used = texts.mask.any(dim=0)
-        length = (used * torch.arange(1, len(used) + 1, device=used.device)).max()
-        dist.all_reduce(length, op=dist.ReduceOp.MAX)
-        end = max(int(length), 1)
-        return texts._replace(key=texts.key[:, :, :end], value=texts.value[:, :, :end], mask=texts.mask[:, :end])
+            return x
+        gathered: Tensor = _Concatenate.apply(x, self.world_size)
+        return gathered
+
+    def own_rows(self, columns: Tensor) -> Tensor:
+        """Scores (S, I, T) of all images with this rank's texts -> (S, I / world_size, world_size T), of its images
+        with all texts."""
+        if self.world_size == 1:
+            return columns
+        to_ranks = columns.unflatten(1, (self.world_size, -1)).transpose(0, 1)
+        from_ranks: Tensor = _Exchange.apply(to_ranks)  # (ranks, S, own images, a rank's texts)
+        return from_ranks.permute(1, 2, 0, 3).flatten(2)
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
@@ -61,23 +66,43 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     return x.detach() + factor * (x - x.detach())
 
 
-class _GatherWithGrad(torch.autograd.Function):
+class _Concatenate(torch.autograd.Function):
     """Concatenation over ranks whose backward sums each part's gradient over ranks."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rank: int, world_size: int) -> Tensor:
-        ctx.own = slice(rank * len(x), (rank + 1) * len(x))
-        return torch.cat(_all_gather(x, world_size))
+    def forward(ctx: Any, x: Tensor, world_size: int) -> Tensor:
+        ctx.world_size = world_size
+        return _all_gather(x, world_size)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)  # gloo has no reduce_scatter on every torch version that we support
-        return gradient[ctx.own], None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        if dist.get_backend() == "nccl":
+            own = gradient.new_empty(len(gradient) // ctx.world_size, *gradient.shape[1:])
+            dist.reduce_scatter_tensor(own, gradient.contiguous())
+            return own, None
+        # gloo has no reduce_scatter on every torch that we support; this sends as little.
+        return _exchange(gradient.unflatten(0, (ctx.world_size, -1))).sum(dim=0), None
 
 
-def _all_gather(x: Tensor, world_size: int) -> list[Tensor]:
-    x = x.contiguous()
-    gathered = [torch.empty_like(x) for _ in range(world_size)]
-    dist.all_gather(gathered, x)
-    return gathered
+class _Exchange(torch.autograd.Function):
+    """Part r of every rank goes to rank r, (ranks, ...) -> (ranks, ...); gradients go back the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor) -> Tensor:
+        return _exchange(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _exchange(gradient)
+
+
+def _exchange(parts: Tensor) -> Tensor:
+    received = torch.empty_like(parts, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, parts.contiguous())
+    return received
+
+
+def _all_gather(x: Tensor, world_size: int) -> Tensor:
+    gathered = x.new_empty(world_size, *x.shape)
+    dist.all_gather(list(gathered.unbind()), x.contiguous())
+    return gathered.flatten(0, 1)

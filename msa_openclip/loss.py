@@ -170,21 +170,16 @@ class MSALoss(nn.Module):
         text_ids: Tensor | None,
     ) -> tuple[Block, Block]:
         """Scores of images against texts and of texts against images, this rank's rows or all of them."""
-        all_image_features, all_text_features = self.gather(image_features), self.gather(text_features)
-        all_images = None if images is None else ImageSide(*map(self.gather, images))
-        texts = None if texts is None else self.gather.without_common_padding(texts)
-        all_texts = None if texts is None else TextSide(*map(self.gather, texts))
+        all_image_features = self.gather.features(image_features)
+        all_text_features = self.gather.features(text_features)
         group = self._caption_groups(text_ids, len(all_text_features), all_text_features.device)
         own = torch.arange(len(group), device=group.device)
         if self.local_loss:
             own = own[self.rank * len(image_features) : (self.rank + 1) * len(image_features)]
         else:
-            image_features, text_features, images, texts = all_image_features, all_text_features, all_images, all_texts
+            image_features, text_features = all_image_features, all_text_features
         positive = group[own, None] == group[None, :]  # the same for both directions: the relation is symmetric
-        match_per_image = self._match_scores(images, all_texts)
-        match_per_text = self._match_scores(all_images, texts) if self.local_loss else match_per_image
-        if match_per_text is not None:
-            match_per_text = match_per_text.transpose(1, 2)
+        match_per_image, match_per_text = self._match_scores(images, texts)
         return (
             Block(self._cosine(image_features, all_text_features), match_per_image, positive, own),
             Block(self._cosine(text_features, all_image_features), match_per_text, positive, own),
@@ -198,14 +193,27 @@ class MSALoss(nn.Module):
         with torch.autocast(rows.device.type, enabled=False):
             return rows.to(wide) @ columns.to(wide).T
 
-    def _match_scores(self, images: ImageSide | None, texts: TextSide | None) -> Tensor | None:
-        return None if images is None or texts is None else match_scores(images, texts, self.msa_cfg.score)
+    def _match_scores(
+        self, images: ImageSide | None, texts: TextSide | None
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Match scores of images against texts and of texts against images, this rank's rows or all of them.
+
+        A text is twenty times an image, so texts stay where they are: all images come to them, and scores go on.
+        """
+        if images is None or texts is None:
+            return None, None
+        all_images = ImageSide(*map(self.gather.exactly, images))
+        columns = match_scores(all_images, texts, self.msa_cfg.score)  # (S, all images, own texts)
+        if self.local_loss:
+            return self.gather.own_rows(columns), columns.transpose(1, 2)
+        scores = self.gather.exactly(columns.permute(2, 0, 1)).permute(1, 2, 0)  # (S, all images, all texts)
+        return scores, scores.transpose(1, 2)
 
     def _caption_groups(self, text_ids: Tensor | None, count: int, device: torch.device) -> Tensor:
         """A number for each text of the whole batch, equal where captions are identical and that counts."""
         if text_ids is None or not self.msa_cfg.loss.identical_captions:
             return torch.arange(count, device=device)
-        group: Tensor = torch.unique(self.gather(text_ids), dim=0, return_inverse=True)[1]
+        group: Tensor = torch.unique(self.gather.features(text_ids), dim=0, return_inverse=True)[1]
         return group
 
 

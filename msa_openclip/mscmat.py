@@ -60,7 +60,8 @@ class ScaleHead(nn.Module):
         readout = gate @ self.attention.out_proj.weight  # O^T g
         bias = (_wide(gate) * _wide(self.attention.out_proj.bias)).sum(-1) + _wide(self.match.bias)  # r = c . g + b
         by_head = (-1, heads, width // heads)
-        return ImageSide(query.reshape(by_head), readout.reshape(by_head), gate, bias)
+        # Under autocast the gate is wider than what it is multiplied with; ranks send it, so it is not kept wider.
+        return ImageSide(query.reshape(by_head), readout.reshape(by_head), gate.to(readout.dtype), bias)
 
     def fold_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(T, N, D) normalised tokens y -> (T, N, H, d) keys and values of this scale."""
