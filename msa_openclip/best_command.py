@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from . import eval_options, report
 from .evaluation import evaluate
@@ -23,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for best in chosen:
         model = load(best.spec, parsed.device, parsed.precision)
         found = evaluate(model.scorer, data, model.preprocess, model.tokenizer, options)
-        results.append(report.ModelResult.of(best.spec, found, 0.0, ties="expected", bootstrap=0))
+        results.append(report.ModelResult.of(best.spec, found, 0.0, ties="expected", bootstrap=parsed.bootstrap))
+        if parsed.html:
+            results[-1].hardest = report.hardest_captions(model, found)
     print("\n" + report.table(data, results))
     rankings = [name for name in results[0].metrics if all(name in result.metrics for result in results)]
     seeds = {name: mean_and_sd([result.metrics[name] for result in results]) for name in rankings}
@@ -37,6 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "mean_sd": seeds,
         }
         report.write_json(parsed.json, content)
+    if parsed.html:
+        from .report_page import page
+
+        Path(parsed.html).write_text(page(data, results), encoding="utf-8")
     return 0
 
 
@@ -49,5 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--metric", default=METRIC, help="key of results.jsonl to choose by (default: %(default)s)")
     eval_options.add_data(parser)
     eval_options.add_running(parser)
+    parser.add_argument(
+        "--bootstrap", type=int, default=0, help="samples for 95 %% intervals over images, of each run (%(default)s)"
+    )
     parser.add_argument("--json", help="write everything to this file")
+    parser.add_argument("--html", help="write a page with plots and pictures to this file (needs matplotlib)")
     return parser

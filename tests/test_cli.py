@@ -144,14 +144,19 @@ def write_run(folder: Path, values: dict[int, float], weights: str) -> str:
 
 
 def test_best_takes_the_best_epoch_on_val_and_sums_up_seeds(checkpoints, source: Path, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is missing (extra `plot`)")
     weights = checkpoints["MSA-tiny-ViT"].partition("=")[2]
     runs = [
         write_run(tmp_path / "a", {1: 10.0, 2: 31.5, 3: 31.5, 4: 30.0}, weights),
         write_run(tmp_path / "b", {1: 12.0, 2: 11.0}, weights),
     ]
-    out = tmp_path / "best.json"
-    assert cli.main(["best", *runs, *caption_file(source), "--json", str(out)]) == 0
+    out, page = tmp_path / "best.json", tmp_path / "best.html"
+    reports = ["--json", str(out), "--html", str(page), "--bootstrap", "20"]
+    assert cli.main(["best", *runs, *caption_file(source), *reports]) == 0
     found = json.loads(out.read_text())
+    low, high = found["models"][0]["intervals_95"]["fused"]["mR"]
+    assert low < found["models"][0]["metrics"]["fused"]["mR"] < high
+    assert page.read_text(encoding="utf-8").count("Hardest captions") == 2
     assert [row["epoch"] for row in found["chosen"]] == [2, 1]
     mean, sd = found["mean_sd"]["fused"]["mR"]
     assert mean == pytest.approx(found["models"][0]["metrics"]["fused"]["mR"])
