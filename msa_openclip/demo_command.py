@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .demo import page
 from .image_index import ImageIndex
-from .index import read_manifest
+from .index_files import read_manifest
 from .loading import load
 from .nearest import nearest
 from .search import Searcher
@@ -17,7 +17,7 @@ from .search import Searcher
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until interrupted."""
     parsed = _parser().parse_args(arguments)
-    spec = parsed.model or read_manifest(Path(parsed.index))["model"]
+    spec = parsed.model or read_manifest(Path(parsed.index)).model
     index = ImageIndex(parsed.index, load(spec, parsed.device))
     page(Searcher(index, nearest=nearest(index))).launch(server_name=parsed.host, server_port=parsed.port)
     return 0

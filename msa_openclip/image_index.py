@@ -10,7 +10,7 @@ import json
 import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .eval_data import CaptionedImage
-from .index import Segment, check_model, damaged, read_manifest
+from .index import check_model
+from .index_files import damaged, from_record, read_manifest
 from .loading import LoadedModel
-from .shards.records import Location
 
 
 class ImageRecords(Sequence[CaptionedImage]):
@@ -63,7 +63,7 @@ class ImageRecords(Sequence[CaptionedImage]):
         number = bisect.bisect_right(self._ends, row)
         data, ends = self._parts[number]
         place = row - (self._ends[number - 1] if number else 0)
-        return _image(json.loads(data[ends[place] + 1 : ends[place + 1]]))
+        return from_record(json.loads(data[ends[place] + 1 : ends[place + 1]]))
 
 
 class ImageIndex:
@@ -81,7 +81,7 @@ class ImageIndex:
         manifest = read_manifest(root)
         check_model(root, manifest, model)
         self.folder, self.model = folder, model
-        self.segments = tuple(Segment(**row) for row in manifest["segments"])
+        self.segments = manifest.segments
         self.images = ImageRecords()
         """What is known of every image, read from disk when asked for."""
         self._features: list[NDArray[np.float16]] = []
@@ -118,14 +118,6 @@ class ImageIndex:
             here = segment == number
             result[here] = parts[number][wanted[here] - (self._ends[number] - len(parts[number]))]
         return torch.from_numpy(result)
-
-
-def _image(record: dict[str, Any]) -> CaptionedImage:
-    place = dict(record["place"])
-    place["window"] = tuple(place["window"]) if place.get("window") else None
-    return CaptionedImage(
-        record["image_id"], Location(**place), tuple(record["captions"]), record["label"], record["about"]
-    )
 
 
 def _mapped(segment: Path, file: str, images: int) -> NDArray[np.float16]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from .eval_data import CaptionedImage, load_image
 from .image_index import ImageIndex
-from .index import read_manifest
+from .index_files import read_manifest
 from .loading import load
 from .nearest import KINDS, nearest
 from .search import CANDIDATES, Hit, Searcher, SearchError, Where
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if bool(parsed.queries) == bool(parsed.like or parsed.describe):
         raise SearchError("give either texts, or pictures with --like or --describe.")
     where = _where(parsed)
-    spec = parsed.model or read_manifest(Path(parsed.index))["model"]
+    spec = parsed.model or read_manifest(Path(parsed.index)).model
     index = ImageIndex(parsed.index, load(spec, parsed.device, parsed.precision))
     searcher = Searcher(index, candidates=parsed.candidates, nearest=nearest(index, parsed.nearest))
     names = parsed.queries or [*parsed.like, *parsed.describe]

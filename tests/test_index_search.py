@@ -20,7 +20,8 @@ from msa_openclip import cli, image_index, index, search
 from msa_openclip.eval_data import CaptionedImage, load_image, read_folder, read_shards
 from msa_openclip.evaluation import Peers
 from msa_openclip.image_index import ImageIndex
-from msa_openclip.index import ImageIndexError, build_index
+from msa_openclip.index import build_index
+from msa_openclip.index_files import ImageIndexError
 from msa_openclip.loading import LoadedModel, load
 from msa_openclip.nearest import nearest
 from msa_openclip.search import Searcher, SearchError, Where
