@@ -50,12 +50,14 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """Terms of `MSALoss` with their weights (METHOD 1.5); without match and consistency there is no MSCMAT."""
+    """Terms of `MSALoss` with their weights (METHOD 1.5); without fused, match and consistency there is no MSCMAT."""
 
     global_term: Literal["infonce", "triplet"] = "infonce"
     global_weight: float = 1.0
     margin: float = 0.5
     """Of the triplet term, in cosine."""
+    fused_weight: float = 0.0
+    """Of the InfoNCE on the fused scores of `ranking`, by which retrieval ranks."""
     match_weight: float = 0.25
     """Of the cross-entropy summed over scales."""
     match_directions: Literal["both", "image_to_text"] = "both"
@@ -106,20 +108,20 @@ class MSACfg:
             check_heads(self.width, self.heads)
         temperature = self.score.temperature
         _require(temperature is None or temperature > 0, "score.temperature", temperature, "a positive number or null")
-        for name in ("global_weight", "match_weight", "consistency_weight", "margin"):
+        for name in ("global_weight", "fused_weight", "match_weight", "consistency_weight", "margin"):
             _require(getattr(self.loss, name) >= 0, f"loss.{name}", getattr(self.loss, name), "0 or more")
         consistency_temperature = self.loss.consistency_temperature
         _require(consistency_temperature > 0, "loss.consistency_temperature", consistency_temperature, "more than 0")
         for name in ("global_weight", "match_weight"):
             weight = getattr(self.ranking, name)
             _require(weight is None or weight >= 0, f"ranking.{name}", weight, "0 or more")
-        total = self.loss.global_weight + self.loss.match_weight + self.loss.consistency_weight
-        _require(total > 0, "loss", "all weights 0", "at least one term with a weight")
+        trains = self.loss.global_weight > 0 or self.uses_mscmat
+        _require(trains, "loss", "all weights 0", "at least one term with a weight")
 
     @property
     def uses_mscmat(self) -> bool:
         """Whether any loss term trains MSCMAT; if not, the model is built without it."""
-        return self.loss.match_weight > 0 or self.loss.consistency_weight > 0
+        return self.loss.fused_weight + self.loss.match_weight + self.loss.consistency_weight > 0
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> MSACfg:
@@ -149,6 +151,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "global_term": "triplet",
             "global_weight": 1.0,
             "margin": 0.5,
+            "fused_weight": 0.0,
             "match_weight": 15.0,
             "match_directions": "image_to_text",
             "consistency": "released",

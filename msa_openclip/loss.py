@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .config import Loss as LossCfg
-from .config import MSACfg
+from .config import MSACfg, Ranking
 from .gather import Gather, scale_gradient
-from .mscmat import IMAGE_SIDE_KEYS, TEXT_SIDE_KEYS, match_scores
+from .mscmat import IMAGE_SIDE_KEYS, TEXT_SIDE_KEYS, fused_scores, match_scores
 from .pair_scores import ImageSide, TextSide
 
 
@@ -33,6 +33,11 @@ class Block(NamedTuple):
 def contrastive_term(block: Block, logit_scale: Tensor) -> Tensor:
     """InfoNCE of one direction: cross-entropy over the rows of the scaled cosines, averaged."""
     return positives_cross_entropy(logit_scale * block.cosine, block.positive)
+
+
+def fused_term(block: Block, logit_scale: Tensor, ranking: Ranking) -> Tensor:
+    """InfoNCE of one direction on the fused scores, by which retrieval ranks; cosine and match learn to add up."""
+    return positives_cross_entropy(fused_scores(block.cosine, block.match, logit_scale, ranking), block.positive)
 
 
 def triplet_term(block: Block, margin: float) -> Tensor:
@@ -155,6 +160,10 @@ class MSALoss(nn.Module):
             both = triplet_term(per_image, cfg.margin) + triplet_term(per_text, cfg.margin)
             # A sum over the batch: where ranks hold parts of it, their mean must still be the whole sum.
             terms["triplet_loss"] = cfg.global_weight * both * (self.world_size if self.local_loss else 1)
+        if cfg.fused_weight:
+            ranking = self.msa_cfg.ranking
+            both = fused_term(per_image, logit_scale, ranking) + fused_term(per_text, logit_scale, ranking)
+            terms["fused_loss"] = cfg.fused_weight * both / 2
         if per_image.match is not None and per_text.match is not None:
             terms["match_loss"] = cfg.match_weight * _match(cfg, per_image, per_text)
             if cfg.consistency_weight:

@@ -14,7 +14,7 @@ from open_clip import CustomTextCLIP
 from torch import Tensor, nn
 
 from .config import MSACfg
-from .mscmat import IMAGE_SIDE_KEYS, MSCMAT, TEXT_SIDE_KEYS, match_scores
+from .mscmat import IMAGE_SIDE_KEYS, MSCMAT, TEXT_SIDE_KEYS, fused_scores, match_scores
 from .pair_scores import ImageSide, TextSide
 from .towers import GatedScales, ImageScales, TowerPlusScales, pad_id, text_token_width, token_mask, unused_parameters
 
@@ -102,12 +102,7 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
 
     def rank_scores(self, cosine: Tensor, match: Tensor | None) -> Tensor:
         """Cosines (I, T) and match scores (S, I, T) -> the fused scores (I, T) of `msa_cfg.ranking`."""
-        ranking = self.msa_cfg.ranking
-        weight = self.logit_scale.exp() if ranking.global_weight is None else ranking.global_weight
-        fused: Tensor = weight * cosine
-        if match is not None:
-            fused = fused + ranking.match_weight * match.mean(dim=0)
-        return fused
+        return fused_scores(cosine, match, self.logit_scale.exp(), self.msa_cfg.ranking)
 
     def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Fused scores of images (I, 3, h, w) and token ids (T, L): (I, T) and its transpose."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import Score, check_heads
+from .config import Ranking, Score, check_heads
 from .pair_scores import ImageSide, TextSide, match_logits
 
 IMAGE_SIDE_KEYS = tuple(f"match_image_{name}" for name in ImageSide._fields)
@@ -126,6 +126,12 @@ def match_scores(images: ImageSide, texts: TextSide, score: Score) -> Tensor:
     """Match scores in the configured form, (S, I, T): logits, or their sigmoids as in the released code."""
     logits = match_logits(images, texts)
     return logits.sigmoid() if score.form == "sigmoid" else logits
+
+
+def fused_scores(cosine: Tensor, match: Tensor | None, logit_scale: Tensor, ranking: Ranking) -> Tensor:
+    """Cosines (R, C) and match scores (S, R, C) -> fused scores (R, C) of `msa_cfg.ranking`."""
+    fused = (logit_scale if ranking.global_weight is None else ranking.global_weight) * cosine
+    return fused if match is None else fused + ranking.match_weight * match.mean(dim=0)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -80,7 +80,8 @@ FULL = json.loads(
 )
 
 
-FLOATS = ("global_weight", "match_weight", "margin", "consistency_weight", "consistency_temperature", "temperature")
+WEIGHTS = ("global_weight", "fused_weight", "match_weight", "consistency_weight")
+FLOATS = (*WEIGHTS, "margin", "consistency_temperature", "temperature")
 ACCEPTED = {
     str: (".base",),
     float: tuple(path for path, _ in key_paths(FULL) if path.endswith(FLOATS)),
@@ -144,7 +145,7 @@ def test_a_value_of_a_wrong_kind_is_refused_by_its_key(path: str, wrong: Any) ->
             "msa_cfg.loss.consistency_temperature: got 0.0, expected more than 0.",
         ),
         (
-            {"image_scales": SCALES, "loss": {"global_weight": 0, "match_weight": 0, "consistency_weight": 0}},
+            {"image_scales": SCALES, "loss": dict.fromkeys(WEIGHTS, 0)},
             "msa_cfg.loss: got 'all weights 0', expected at least one term with a weight.",
         ),
         (
@@ -196,7 +197,8 @@ def test_settings_go_over_a_preset_key_by_key() -> None:
     assert MSACfg.from_dict({"preset": "paper", "image_scales": SCALES}) == paper  # the preset itself is unchanged
 
 
-@pytest.mark.parametrize(("match", "consistency", "used"), [(0, 0, False), (0.5, 0, True), (0, 0.5, True)])
-def test_mscmat_is_used_where_a_term_trains_it(match: float, consistency: float, used: bool) -> None:
-    loss = {"match_weight": match, "consistency_weight": consistency}
-    assert MSACfg.from_dict({"image_scales": SCALES, "loss": loss}).uses_mscmat is used
+@pytest.mark.parametrize("trained_by", [None, "fused_weight", "match_weight", "consistency_weight"])
+def test_mscmat_is_used_where_a_term_trains_it(trained_by: str | None) -> None:
+    none = {"fused_weight": 0, "match_weight": 0, "consistency_weight": 0}
+    loss = none if trained_by is None else none | {trained_by: 0.5}
+    assert MSACfg.from_dict({"image_scales": SCALES, "loss": loss}).uses_mscmat is (trained_by is not None)

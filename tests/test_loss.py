@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from msa_openclip.config import MSACfg
+from msa_openclip.config import MSACfg, Ranking
 from msa_openclip.loss import (
     Block,
     MSALoss,
     consistency_term,
     contrastive_term,
+    fused_term,
     match_term,
     positives_cross_entropy,
     released_consistency_term,
@@ -148,6 +149,36 @@ def test_match_term_in_loops() -> None:
         rows = [-(match[scale, i, i] - torch.logsumexp(match[scale, i], 0)).item() for i in range(5)]
         expected += sum(rows) / 5
     assert match_term(match, torch.eye(5, dtype=torch.bool)).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("weight", [None, 3.0])
+def test_fused_term_is_the_cross_entropy_of_what_retrieval_ranks_by(weight: float | None) -> None:
+    torch.manual_seed(4)
+    cosine, match = torch.randn(4, 6, dtype=torch.float64), torch.randn(2, 4, 6, dtype=torch.float64)
+    positive = torch.eye(4, 6, dtype=torch.bool)
+    positive[1, 5] = True
+    expected = 0.0
+    for r in range(4):
+        row = [(weight or 7.0) * cosine[r, c].item() + 0.5 * match[:, r, c].sum().item() / 2 for c in range(6)]
+        wanted = [1, 5] if r == 1 else [r]
+        expected += sum(math.log(sum(map(math.exp, row))) - row[c] for c in wanted) / len(wanted) / 4
+    ranking = Ranking(global_weight=weight, match_weight=0.5)
+    found = fused_term(block(cosine, positive, match), torch.tensor(7.0), ranking)
+    assert found.item() == pytest.approx(expected)
+
+
+def test_fused_loss_alone_trains_both_parts() -> None:
+    output = {key: x.detach().requires_grad_(x.is_floating_point()) for key, x in small_output().items()}
+    alone = {"global_weight": 0, "fused_weight": 2, "match_weight": 0, "consistency_weight": 0}
+    loss = MSALoss(MSACfg.from_dict(SMALL | {"loss": alone}))
+    terms = loss(**output, output_dict=True)
+    assert terms["fused_loss"].item() > 0
+    assert sum(terms.values()).item() == terms["fused_loss"].item()
+    terms["fused_loss"].backward()
+    for key in ("image_features", "text_features", "logit_scale", "match_image_query", "match_text_value"):
+        gradient = output[key].grad
+        assert gradient is not None
+        assert gradient.abs().sum() > 0, key
 
 
 def test_positives_share_the_target() -> None:
