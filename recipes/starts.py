@@ -1,0 +1,88 @@
+"""What a training starts from, with the settings that belong to the weights and the rates that others published.
+
+Rates, batches and epochs are starting points: they come from papers that trained other heads on these towers, or from
+our own small runs, and have not been tuned here.  An epoch shows each image with one of its five captions; in the
+papers it shows all five.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+IMAGENET = ("--image-mean", "0.485", "0.456", "0.406", "--image-std", "0.229", "0.224", "0.225")
+"""What timm's ImageNet weights were trained with; open_clip would normalise as CLIP does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Weights to start from."""
+
+    what: str
+    model: str
+    weights: str | None = None
+    """Pretrained tag of open_clip, or None."""
+    file: str | None = None
+    """Name of the published file that --weights must name, where there is no tag."""
+    options: tuple[str, ...] = ()
+    """For open_clip_train.main; kept in the run's params.txt, from which `msa-openclip` rebuilds the model."""
+    lr: float
+    wd: float
+    batch_size: int
+    epochs: int
+    source: str
+    """Of the rates."""
+
+
+def _fine_tuned(
+    what: str, *, weights: str | None = None, file: str | None = None, options: tuple[str, ...] = ()
+) -> Start:
+    """CLIP's ViT-B-32 with weights for it."""
+    return Start(
+        what=what,
+        model="MSA-ViT-B",
+        weights=weights,
+        file=file,
+        options=options,
+        lr=1e-5,
+        wd=0.04,
+        batch_size=128,
+        epochs=20,
+        source="HarMA for GeoRSCLIP's towers: wd 0.04, lr 4e-6, here more for a new MSCMAT: "
+        "https://github.com/seekerhuang/HarMA/blob/main/configs/Retrieval_rsitmd_geo.yaml",
+    )
+
+
+STARTS: dict[str, Start] = {
+    "scratch": Start(
+        what="random weights in small towers, 96 px",
+        model="MSA-ViT-Ti",
+        lr=1e-3,
+        wd=0.2,
+        batch_size=64,
+        epochs=30,
+        source="examples/quickstart.py",
+    ),
+    "imagenet": Start(
+        what="ImageNet weights of timm and BERT-base (--model MSA-ResNet50-BERT: the paper's towers and losses)",
+        model="MSA-Swin-T-BERT",
+        options=("--pretrained-image", *IMAGENET),  # BERT's own weights are open_clip's default
+        lr=6e-5,
+        wd=0.01,
+        batch_size=128,
+        epochs=50,
+        source="PIR, same towers: https://github.com/jaychempan/PIR/blob/main/configs/Retrieval_rsitmd.yaml",
+    ),
+    "clip": _fine_tuned(
+        "CLIP ViT-B-32 of LAION-2B; --weights names another tag or a file", weights="laion2b_s34b_b79k"
+    ),
+    "remoteclip": _fine_tuned(
+        "RemoteCLIP, which has seen the training images of RSITMD, RSICD and UCM",
+        file="RemoteCLIP-ViT-B-32.pt, https://huggingface.co/chendelong/RemoteCLIP",
+        options=("--force-quick-gelu",),  # its authors load it into OpenAI's model, whose activation that is
+    ),
+    "georsclip": _fine_tuned(
+        "GeoRSCLIP, trained on RS5M",
+        file="RS5M_ViT-B-32.pt, https://huggingface.co/Zilun/GeoRSCLIP",
+        options=("--force-quick-gelu",),  # likewise
+    ),
+}
