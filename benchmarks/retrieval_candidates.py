@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from msa_openclip.eval_data import read_captions
+from msa_openclip.eval_readers import read_captions
 from msa_openclip.image_index import ImageIndex
 from msa_openclip.index import build_index
 from msa_openclip.loading import load

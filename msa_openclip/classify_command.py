@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 
 from . import eval_options
-from .eval_data import EvalDataError, read_class_folder
+from .eval_data import EvalDataError
+from .eval_readers import read_class_folder
 from .loading import load
 from .report import write_json
 from .zero_shot import TEMPLATES, classify

@@ -7,8 +7,8 @@ from typing import Any
 
 from PIL import Image
 
-from .eval_data import load_image
 from .explain import explain, figure
+from .pixels import load_image
 from .search import Hit, Searcher, Where
 
 TITLE = "Search aerial images"

@@ -7,7 +7,8 @@ import os
 import re
 from dataclasses import replace
 
-from .eval_data import CaptionedImage, EvalDataError, EvalSet, read_captions, read_shards
+from .eval_data import CaptionedImage, EvalDataError, EvalSet
+from .eval_readers import read_captions, read_shards
 from .evaluation import EvalOptions
 
 

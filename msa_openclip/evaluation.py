@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .eval_data import EvalSet, Preprocess, batches
+from .eval_data import EvalSet
 from .metrics import Retrieval, Ties
+from .pixels import Preprocess, batches
 from .rank_counter import RankCounter
 from .scoring import EncodedImages, EncodedTexts, Scorer
 

@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from .eval_data import CaptionedImage, load_image
+from .eval_data import CaptionedImage
 from .explain import Explanation, explain, figure
 from .loading import load
+from .pixels import load_image
 from .report import write_json
 from .shards.records import Location
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .eval_data import CaptionedImage, batches
+from .eval_data import CaptionedImage
 from .evaluation import Peers
 from .index_files import (
     ImageIndexError,
@@ -32,6 +32,7 @@ from .index_files import (
     write_segment,
 )
 from .loading import LoadedModel
+from .pixels import batches
 from .scoring import Scorer
 
 

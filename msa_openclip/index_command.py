@@ -7,7 +7,8 @@ import os
 import time
 from collections.abc import Sequence
 
-from .eval_data import EvalDataError, read_folder, read_shards
+from .eval_data import EvalDataError
+from .eval_readers import read_folder, read_shards
 from .evaluation import Peers
 from .image_index import ImageIndex
 from .index import build_index

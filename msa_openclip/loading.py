@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import open_clip
 from open_clip.factory import load_state_dict
 
-from .eval_data import Preprocess
 from .evaluation import Tokenizer
 from .model import MSACLIP
+from .pixels import Preprocess
 from .run_parameters import model_options
 from .scoring import Scorer
 

@@ -9,7 +9,8 @@ from html import escape
 from typing import Any
 
 from . import report
-from .eval_data import CaptionedImage, EvalSet, load_image
+from .eval_data import CaptionedImage, EvalSet
+from .pixels import load_image
 from .report import HardCaption, ModelResult
 
 _THUMBNAIL_PX = 112

@@ -11,11 +11,12 @@ from typing import Any
 
 from PIL import Image
 
-from .eval_data import CaptionedImage, load_image
+from .eval_data import CaptionedImage
 from .image_index import ImageIndex
 from .index_files import read_manifest
 from .loading import load
 from .nearest import KINDS, nearest
+from .pixels import load_image
 from .search import CANDIDATES, Hit, Searcher, SearchError, Where
 from .shards.records import Location
 

@@ -1,11 +1,13 @@
 """Read shards wherever they lie: local files, fsspec URLs, `pipe:` commands; with retries and an optional local cache.
 
-Streams are read forwards only, which every store can do, so that a broken connection is taken up again where it broke.
+Shards are read forwards only, which every store can do, so that a broken connection is taken up again where it broke.
+Single images of a shard are read where they lie, from the cached copy if there is one.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import logging
 import os
@@ -13,11 +15,12 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
-from .shards import store
-from .shards.records import ShardError
+from .shards import sources, store
+from .shards.records import Location, ShardError
 
 CACHE_VARIABLE = "MSA_OPENCLIP_SHARD_CACHE"
 """Environment variable: a local folder that keeps remote shards; any number of workers and ranks may share it."""
@@ -69,6 +72,19 @@ def read_if_there(url: str) -> bytes | None:
         if isinstance(error.__cause__, (FileNotFoundError, PermissionError, NotADirectoryError)):
             return None
         raise
+
+
+def read_place(place: Location) -> bytes:
+    """The bytes of one image, wherever it lies; those of a remote shard from its cached copy, where there is one.
+
+    Raises:
+        StreamError: the place is absent, forbidden, or fails more often than RETRIES_VARIABLE allows.
+    """
+    if place.offset is not None and _has_cache() and not store.is_local(place.url):
+        place = replace(place, url=_copy_if_there(place.url, os.environ[CACHE_VARIABLE]))
+    if store.is_local(place.url):
+        return cast(bytes, sources.read_location(place))
+    return retrying(place.url, lambda: cast(bytes, sources.read_location(place)))
 
 
 class RemoteFile:
@@ -168,6 +184,12 @@ def _uncovered(error: Exception) -> BaseException:
 
 def _has_cache() -> bool:
     return bool(os.environ.get(CACHE_VARIABLE))
+
+
+@functools.cache
+def _copy_if_there(url: str, folder: str) -> str:
+    """As `_cached`, found once: nobody wants to ask the store for every image of a shard whether there is a new one."""
+    return _cached(url, Path(folder), fill=False)
 
 
 def _cached(url: str, folder: Path, fill: bool) -> str:

@@ -18,9 +18,11 @@ from open_clip import get_tokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import nn
 
-from .eval_data import CaptionedImage, EvalDataError, EvalSet, load_image, read_csv, read_shards
+from .eval_data import CaptionedImage, EvalDataError, EvalSet
+from .eval_readers import read_csv, read_shards
 from .evaluation import EvalOptions, Evaluation, Peers, evaluate
 from .model import MSACLIP
+from .pixels import load_image
 from .scoring import Scorer
 
 EVALUATE_VARIABLE = "MSA_OPENCLIP_EVALUATE"

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .eval_data import CaptionedImage, EvalDataError, batches
+from .eval_data import CaptionedImage, EvalDataError
 from .evaluation import TIE
 from .loading import LoadedModel
+from .pixels import batches
 from .scoring import EncodedTexts
 
 TEMPLATES = ("a satellite photo of {}.", "an aerial image of {}.", "an overhead view of {}.")

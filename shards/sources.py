@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from . import store
-from .records import Location
+from .records import Location, ShardError
 
 
 def read_location(place: Location) -> bytes:
@@ -24,6 +24,8 @@ def read_location(place: Location) -> bytes:
     else:
         fs, path = store.filesystem(place.url)
         data = fs.cat_file(path, start=place.offset, end=place.offset + place.size)
+    if len(data) > place.size:
+        raise ShardError(f"{place.url}: its server gives whole files only, no stretches. Read a copy.")
     if len(data) != place.size:
         raise OSError(f"{place.url}: ends inside the member at byte {place.offset}")
     return data

@@ -1,4 +1,4 @@
-"""Tiny shards whose images and captions say which they are, and arguments to read them by."""
+"""Tiny shards whose images and captions say which they are, arguments to read them by, and a store that fails."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import json
 import re
 import tarfile
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fsspec
+import pytest
 import torch
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from PIL import Image
 from torch import Tensor
+
+from msa_openclip import streams
 
 Members = list[tuple[str, bytes]]
 
@@ -93,3 +99,64 @@ def arguments(pattern: str, **changes: Any) -> Namespace:
         assert hasattr(parsed, name), name
         setattr(parsed, name, value)
     return parsed
+
+
+class FlakyFileSystem(MemoryFileSystem):
+    """Memory whose accesses fail now and then, as `FlakyFileSystem.failures` says: True fails, False works."""
+
+    protocol = "flaky"
+    cachable = False
+    failures: list[bool] = []  # noqa: RUF012 - shared on purpose
+    seekable = True
+    opened = 0
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("flaky://", "memory://")))
+
+    @classmethod
+    def access(cls) -> None:
+        if cls.failures and cls.failures.pop(0):
+            raise ConnectionResetError("gone")
+
+    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        if "r" in mode:
+            FlakyFileSystem.access()
+            FlakyFileSystem.opened += 1
+        return FlakyFile(super()._open(path, mode, **kwargs).getvalue()) if "r" in mode else super()._open(path, mode)
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+        FlakyFileSystem.access()
+        return bytes(super().cat_file(path, start, end, **kwargs))
+
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        FlakyFileSystem.access()
+        return dict(super().info(path, **kwargs))
+
+
+class FlakyFile(MemoryFile):
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data=data)
+
+    def read(self, size: int = -1) -> bytes:
+        FlakyFileSystem.access()
+        return bytes(super().read(size))
+
+    def seek(self, *args: Any) -> int:
+        if args[0] and not FlakyFileSystem.seekable:
+            raise ValueError("Cannot seek streaming HTTP file")
+        return int(super().seek(*args))
+
+
+@contextmanager
+def flaky_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A folder in a store that fails as `FlakyFileSystem.failures` says; waits between attempts are short."""
+    fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
+    monkeypatch.setattr(streams, "_FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(FlakyFileSystem, "opened", 0)
+    FlakyFileSystem.failures = []
+    try:
+        yield "flaky://flaky"
+    finally:
+        FlakyFileSystem.failures = []
+        MemoryFileSystem.store.clear()

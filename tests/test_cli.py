@@ -14,8 +14,10 @@ import torch
 from retrieval_data import randomise, scene, write_captioned_scenes, write_shards
 
 from msa_openclip import cli
-from msa_openclip.eval_data import EvalDataError, load_image, read_captions, read_class_folder
+from msa_openclip.eval_data import EvalDataError
+from msa_openclip.eval_readers import read_captions, read_class_folder
 from msa_openclip.loading import ModelError, load
+from msa_openclip.pixels import load_image
 from msa_openclip.run_selection import RunError, best_epoch, mean_and_sd
 from msa_openclip.scoring import EncodedTexts
 from msa_openclip.zero_shot import class_text, classify
@@ -91,7 +93,7 @@ def test_eval_page_holds_plots_pictures_and_classes(checkpoints, source: Path, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shards", "nothing.tar"], r"nothing\.tar: not a readable shard"),
+        (["--shards", "nothing.tar"], r"nothing\.tar: FileNotFoundError. Check the name"),
         ([], "give either --shards or --captions"),
         (["FILES", "--split", "val"], "no image in split 'val'"),
         (["FILES", "--class-regex", "x(y)z"], "fits no image id; the first is 'harbor_0'"),

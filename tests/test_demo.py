@@ -20,7 +20,7 @@ from PIL import Image
 from retrieval_data import randomise, scene, write_shards
 
 from msa_openclip.demo import DemoError, chart, find, page, reasons, tiles
-from msa_openclip.eval_data import read_shards
+from msa_openclip.eval_readers import read_shards
 from msa_openclip.image_index import ImageIndex
 from msa_openclip.index import build_index
 from msa_openclip.loading import load

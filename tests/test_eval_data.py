@@ -5,23 +5,20 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from retrieval_data import preprocess, scene, write_captioned_scenes, write_shards
+from stream_data import FlakyFileSystem, flaky_store
 
-from msa_openclip.eval_data import (
-    EvalDataError,
-    EvalSet,
-    batches,
-    load_image,
-    read_captions,
-    read_class_folder,
-    read_csv,
-    read_shards,
-)
+from msa_openclip.eval_data import EvalDataError, EvalSet
+from msa_openclip.eval_readers import expand, read_captions, read_class_folder, read_csv, read_shards
+from msa_openclip.pixels import batches, load_image
+from msa_openclip.streams import CACHE_VARIABLE
 
 
 def png(index: int) -> bytes:
@@ -113,6 +110,40 @@ def test_batches_leave_the_random_generator_alone(tmp_path: Path) -> None:
     torch.testing.assert_close(pixels, expected, rtol=0, atol=0)
 
 
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Shards of the seven scenes in a store that fails when asked to."""
+    pattern = write_shards(tmp_path)
+    with flaky_store(monkeypatch) as folder:
+        for path in Path(pattern).parent.glob("*.tar"):
+            MemoryFileSystem().pipe(f"/flaky/{path.name}", path.read_bytes())
+        yield f"{folder}/{Path(pattern).name}"
+
+
+def test_a_store_that_fails_now_and_then(remote: str) -> None:
+    FlakyFileSystem.failures = [True, False, True, False, False, True]
+    found = read_shards(remote)
+    assert len(found) == 7
+    assert found[0].place.url.startswith("flaky://")
+    FlakyFileSystem.failures = [True, False] * 7
+    pixels = [np.asarray(load_image(image)) for image in found]
+    assert FlakyFileSystem.failures == []
+    names = [int(image.image_id.rsplit("_")[-1]) for image in found]
+    for number, picture in zip(names, pixels, strict=True):
+        np.testing.assert_array_equal(picture, np.asarray(scene(number)))
+
+
+def test_with_a_cache_every_shard_is_fetched_once(remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    found = read_shards(remote)
+    assert FlakyFileSystem.opened == 2
+    assert {image.place.url for image in found} == set(expand(remote))  # copies come and go, an index stays
+    before = [np.asarray(load_image(image)) for image in found]
+    FlakyFileSystem.failures = [True] * 1000
+    for image, picture in zip(found, before, strict=True):
+        np.testing.assert_array_equal(np.asarray(load_image(image)), picture)
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [
@@ -127,7 +158,7 @@ def test_samples_that_open_clip_would_drop_are_named(tmp_path: Path, members, me
 
 
 def test_other_bad_input_is_named(tmp_path: Path) -> None:
-    with pytest.raises(EvalDataError, match=r"none\.tar: not a readable shard \(FileNotFoundError"):
+    with pytest.raises(EvalDataError, match=r"none\.tar: FileNotFoundError. Check the name"):
         read_shards(str(tmp_path / "none.tar"))
     (tmp_path / "text.tar").write_bytes(b"no tar at all, but long enough to look at" * 40)
     with pytest.raises(EvalDataError, match=r"text\.tar: not a readable shard"):

@@ -14,9 +14,11 @@ import torch.multiprocessing as mp
 from retrieval_data import Oracle, Tokenizer, preprocess, randomise, write_captioned_scenes, write_shards
 
 from msa_openclip import evaluation
-from msa_openclip.eval_data import EvalSet, load_image, read_captions, read_shards
+from msa_openclip.eval_data import EvalSet
+from msa_openclip.eval_readers import read_captions, read_shards
 from msa_openclip.evaluation import EvalOptions, Peers, evaluate
 from msa_openclip.model import MSACLIP
+from msa_openclip.pixels import load_image
 from msa_openclip.rank_counter import retrieval
 from msa_openclip.scoring import Scorer
 

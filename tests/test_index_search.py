@@ -17,13 +17,15 @@ import torch
 from retrieval_data import randomise, scene, write_shards
 
 from msa_openclip import cli, image_index, index, search
-from msa_openclip.eval_data import CaptionedImage, load_image, read_folder, read_shards
+from msa_openclip.eval_data import CaptionedImage
+from msa_openclip.eval_readers import read_folder, read_shards
 from msa_openclip.evaluation import Peers
 from msa_openclip.image_index import ImageIndex
 from msa_openclip.index import build_index
 from msa_openclip.index_files import ImageIndexError
 from msa_openclip.loading import LoadedModel, load
 from msa_openclip.nearest import nearest
+from msa_openclip.pixels import load_image
 from msa_openclip.search import Searcher, SearchError, Where
 from msa_openclip.shards.records import Location
 

@@ -14,72 +14,33 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import fsspec
 import pytest
-from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
-from stream_data import write_shards
+from fsspec.implementations.memory import MemoryFileSystem
+from stream_data import FlakyFile, FlakyFileSystem, flaky_store, write_shards
 
 from msa_openclip import streams
 from msa_openclip.shard_samples import Tally, read_share
+from msa_openclip.shards.records import Location
 from msa_openclip.shares import Share, shard_sizes
-from msa_openclip.streams import CACHE_VARIABLE, RETRIES_VARIABLE, RemoteFile, StreamError, open_shard, read_if_there
+from msa_openclip.streams import (
+    CACHE_VARIABLE,
+    RETRIES_VARIABLE,
+    RemoteFile,
+    StreamError,
+    open_shard,
+    read_if_there,
+    read_place,
+)
 
 DATA = bytes(range(256)) * 100
 
 
-class FlakyFileSystem(MemoryFileSystem):
-    """Memory whose accesses fail now and then, as `FlakyFileSystem.failures` says: True fails, False works."""
-
-    protocol = "flaky"
-    cachable = False
-    failures: list[bool] = []  # noqa: RUF012 - shared on purpose
-    seekable = True
-    opened = 0
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        return str(super()._strip_protocol(path.replace("flaky://", "memory://")))
-
-    @classmethod
-    def access(cls) -> None:
-        if cls.failures and cls.failures.pop(0):
-            raise ConnectionResetError("gone")
-
-    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
-        if "r" in mode:
-            FlakyFileSystem.access()
-            FlakyFileSystem.opened += 1
-        return FlakyFile(super()._open(path, mode, **kwargs).getvalue()) if "r" in mode else super()._open(path, mode)
-
-    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
-        FlakyFileSystem.access()
-        return dict(super().info(path, **kwargs))
-
-
-class FlakyFile(MemoryFile):
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data=data)
-
-    def read(self, size: int = -1) -> bytes:
-        FlakyFileSystem.access()
-        return bytes(super().read(size))
-
-    def seek(self, *args: Any) -> int:
-        if args[0] and not FlakyFileSystem.seekable:
-            raise ValueError("Cannot seek streaming HTTP file")
-        return int(super().seek(*args))
-
-
 @pytest.fixture
 def flaky(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
-    monkeypatch.setattr(streams, "_FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(FlakyFileSystem, "seekable", True)
-    monkeypatch.setattr(FlakyFileSystem, "opened", 0)
-    FlakyFileSystem.failures = []
-    MemoryFileSystem().pipe("/flaky/a.tar", DATA)
-    yield "flaky://flaky/a.tar"
-    MemoryFileSystem.store.clear()
+    with flaky_store(monkeypatch) as folder:
+        MemoryFileSystem().pipe("/flaky/a.tar", DATA)
+        yield f"{folder}/a.tar"
 
 
 def read_all(url: str, size: int = 1000) -> bytes:
@@ -143,6 +104,16 @@ def test_what_cannot_get_better_fails_at_once(url: str, message: str, monkeypatc
         assert read_if_there(url) is None
 
 
+def test_one_image_is_read_where_it_lies_with_retries(flaky: str) -> None:
+    FlakyFileSystem.failures = [True, True, False]
+    assert read_place(Location(flaky, 1000, 7)) == DATA[1000:1007]
+    assert FlakyFileSystem.failures == []
+    assert read_place(Location(flaky)) == DATA
+    FlakyFileSystem.failures = [True] * 100
+    with pytest.raises(StreamError, match=rf"{flaky}: failed 6 times"):
+        read_place(Location(flaky, 1000, 7))
+
+
 # ---- cache
 
 
@@ -168,6 +139,18 @@ def test_a_shard_is_fetched_once(flaky: str, cache: Path) -> None:
     fetched = FlakyFileSystem.opened
     assert content(flaky) == content(flaky, fill_cache=False) == DATA
     assert FlakyFileSystem.opened == fetched
+
+
+def test_images_come_from_the_copy_and_never_make_one(flaky: str, cache: Path) -> None:
+    other = flaky.replace("a.tar", "b.tar")
+    MemoryFileSystem().pipe("/flaky/b.tar", DATA)
+    assert read_place(Location(other, 5, 9)) == DATA[5:14]
+    assert not cache.exists()
+    assert content(flaky) == DATA
+    FlakyFileSystem.failures = [False]  # to be told that the copy is the right one, once
+    assert read_place(Location(flaky, 5, 9)) == DATA[5:14]
+    FlakyFileSystem.failures = [True] * 100  # the store is gone
+    assert read_place(Location(flaky, 50, 9)) == DATA[50:59]
 
 
 def test_another_version_of_a_shard_is_fetched_anew(flaky: str, cache: Path) -> None:
@@ -247,6 +230,16 @@ def test_http_without_ranges(
     monkeypatch.setattr(streams, "BLOCK_BYTES", 3000)
     assert read_all(f"{server}/s-001.tar") == (tmp_path / "web" / "s-001.tar").read_bytes()
     assert not caplog.records
+
+
+def test_images_on_a_server_without_ranges_need_the_cache(server: str, tmp_path: Path, monkeypatch) -> None:
+    whole = (tmp_path / "web" / "s-000.tar").read_bytes()
+    url = f"{server}/s-000.tar"
+    with pytest.raises(StreamError, match=rf"{url}: its server gives whole files only, no stretches. Read a copy"):
+        read_place(Location(url, 512, 100))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    assert content(url) == whole
+    assert read_place(Location(url, 512, 100)) == whole[512:612]
 
 
 def test_a_web_server_that_is_overloaded_is_asked_again(server: str, monkeypatch: pytest.MonkeyPatch) -> None:

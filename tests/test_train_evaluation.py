@@ -19,7 +19,8 @@ import torch
 from retrieval_data import Oracle, Tokenizer, randomise, write_captioned_scenes, write_shards
 
 from msa_openclip import train_evaluation
-from msa_openclip.eval_data import EvalDataError, EvalSet, read_shards
+from msa_openclip.eval_data import EvalDataError, EvalSet
+from msa_openclip.eval_readers import read_shards
 from msa_openclip.evaluation import evaluate
 from msa_openclip.scoring import Scorer
 
@@ -229,5 +230,5 @@ def test_bad_setting_and_bad_shards_are_named(
     with pytest.raises(ValueError, match="MSA_OPENCLIP_EVALUATE: 'yes' is unknown; choose msa, all or off"):
         open_clip_train.train.evaluate(model, data, 1, arguments(shards["pair"], tmp_path), tokenizer=Tokenizer())
     monkeypatch.setenv("MSA_OPENCLIP_EVALUATE", "all")
-    with pytest.raises(EvalDataError, match=r"nothing\.tar: not a readable shard"):
+    with pytest.raises(EvalDataError, match=r"nothing\.tar: FileNotFoundError. Check the name"):
         open_clip_train.train.evaluate(model, data, 1, arguments("nothing.tar", tmp_path), tokenizer=Tokenizer())

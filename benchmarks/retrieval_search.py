@@ -1,0 +1,142 @@
+"""Time of single queries over indexes of random records, whole and by stage.
+
+    python benchmarks/retrieval_search.py --records 10000 100000 1000000 --scratch FOLDER --build-only
+    python benchmarks/retrieval_search.py --records 10000 100000 1000000 --scratch FOLDER \\
+        --out docs/results/retrieval_search.json
+
+The indexes are written through the product's own writer and kept in FOLDER (5 GB for a million records), so that
+building them, which takes minutes, and asking them can be two calls.  Weights are random; global features lie around
+2,000 centres, those of the queries too, since random weights give all texts much the same one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from retrieval_common import WARM_UP, timings, write_result
+
+from msa_openclip.image_index import ImageIndex
+from msa_openclip.index import fingerprint
+from msa_openclip.index_files import Manifest, write_manifest, write_segment
+from msa_openclip.loading import LoadedModel, load
+from msa_openclip.nearest import nearest
+from msa_openclip.scoring import EncodedTexts, Scorer
+from msa_openclip.search import Searcher, scan
+
+CENTRES, SEGMENT = 2_000, 50_000
+KNOWN = {"place": {"url": "nowhere.tar", "offset": 512, "size": 20000}, "captions": [], "label": "x", "about": {}}
+QUERIES = ("many planes are parked beside a terminal", "a river winds through green fields near a village")
+
+
+class Spread(Scorer):
+    """The real text tower, but features near the centres of the index."""
+
+    def texts(self, ids: torch.Tensor) -> EncodedTexts:
+        encoded = super().texts(ids)
+        count, width = encoded.feature.shape
+        return encoded._replace(feature=torch.from_numpy(unit_vectors(int(ids.sum()), count, width)))
+
+
+def unit_vectors(seed: int, count: int, width: int) -> NDArray[np.float32]:
+    """Random (count, width) around CENTRES centres, which are the same for every seed."""
+    centres = np.random.default_rng(0).standard_normal((CENTRES, width), dtype=np.float32)
+    generator = np.random.default_rng(seed)
+    values = centres[generator.integers(0, CENTRES, count)]
+    values += generator.standard_normal((count, width), dtype=np.float32)
+    return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+def build(model: LoadedModel, records: int, kind: str, scratch: str) -> tuple[Path, dict[str, float]]:
+    """An index and what its nearest are found by; what is there already is not built again."""
+    root = Path(scratch) / f"{model.spec.split('=')[0]}-{records}"
+    start = time.perf_counter()
+    if not (root / "index.json").exists():
+        shutil.rmtree(root, ignore_errors=True)
+        width, mscmat = model.scorer.model.text.output_dim, model.scorer.model.mscmat
+        shape = (min(records, SEGMENT), model.scorer.scales, mscmat.ln_image.normalized_shape[0])
+        projected = np.random.default_rng(1).standard_normal(shape, dtype=np.float32).astype(np.float16)
+        segments = []
+        for first in range(0, records, SEGMENT):
+            features = unit_vectors(first + 1, min(SEGMENT, records - first), width).astype(np.float16)
+            rows = ({"image_id": f"tile_{first + row}", **KNOWN} for row in range(len(features)))
+            segments.append(write_segment(root, f"{first:016x}", rows, features, projected[: len(features)]))
+        write_manifest(root, Manifest(model.spec, fingerprint(model.scorer), tuple(segments)))
+    written = time.perf_counter()
+    nearest(ImageIndex(str(root), model), kind)
+    seconds = {"write_s": round(written - start, 1), "build_nearest_s": round(time.perf_counter() - written, 1)}
+    path = root / "built.json"
+    if not path.exists():
+        path.write_text(json.dumps(seconds))
+    return root, dict(json.loads(path.read_text()))
+
+
+def ask(model: LoadedModel, records: int, candidates: int, queries: int, kind: str, scratch: str) -> dict[str, object]:
+    """Milliseconds of single queries on an index whose vectors are in the page cache."""
+    root, built = build(model, records, kind, scratch)
+    scorer = Spread(model.scorer.model)
+    start = time.perf_counter()
+    index = ImageIndex(str(root), replace(model, scorer=scorer))
+    find = nearest(index, kind)
+    opened = time.perf_counter() - start
+    for path in root.rglob("*.npy"):
+        path.read_bytes()
+    searcher = Searcher(index, candidates=candidates, nearest=find)
+    texts = [f"{QUERIES[number % 2]} {number}" for number in range(queries + WARM_UP)]
+    whole = timings(texts, lambda text: searcher.by_text([text], k=10))
+    tower = timings(texts, lambda text: scorer.texts(model.tokenizer([text])))
+    features = torch.cat([scorer.texts(model.tokenizer([text])).feature for text in texts])
+    near = timings(features.split(1), lambda feature: find(feature, candidates))
+    exact, found = scan(index, features, 10)[1], find(features, candidates)[1]
+    among = (exact[:, :, None] == found[:, None, :]).any(dim=2).double().mean()
+    sizes = {name: sum(p.stat().st_size for p in root.rglob(name)) for name in ("features.npy", "projected.npy")}
+    return {
+        "records": records,
+        "candidates": candidates,
+        "nearest": kind,
+        **built,
+        "open_s": round(opened, 2),
+        "query_ms": whole,
+        "text_tower_ms": tower,
+        "nearest_ms": near,
+        "search_without_tower_p50_ms": round(whole["p50"] - tower["p50"], 2),
+        "exact_top_10_among_candidates": round(float(among), 4),
+        "bytes_per_image": {name: round(size / records, 1) for name, size in sizes.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="MSA-ViT-B")
+    parser.add_argument("--records", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--candidates", type=int, default=256)
+    parser.add_argument("--queries", type=int, default=50)
+    parser.add_argument("--nearest", default="auto")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--scratch", required=True, help="folder that keeps the indexes")
+    parser.add_argument("--build-only", action="store_true")
+    parser.add_argument("--out")
+    parsed = parser.parse_args()
+    torch.set_num_threads(parsed.threads)
+    torch.manual_seed(0)  # the same weights in every call
+    model = load(f"{parsed.model}=untrained")
+    rows = []
+    for records in parsed.records:
+        if parsed.build_only:
+            print(json.dumps(build(model, records, parsed.nearest, parsed.scratch)[1]), flush=True)
+            continue
+        rows.append(ask(model, records, parsed.candidates, parsed.queries, parsed.nearest, parsed.scratch))
+        print(json.dumps(rows[-1]), flush=True)
+    if parsed.out:
+        write_result(parsed.out, rows, model=parsed.model)
+
+
+if __name__ == "__main__":
+    main()
