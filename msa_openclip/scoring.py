@@ -5,6 +5,7 @@ Shapes: I images, T texts, S scales, R rankings, E embed_dim.
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from .model import MSACLIP
 from .pair_scores import ImageSide, TextSide
+from .towers import pad_id, token_mask
 
 
 class EncodedImages(NamedTuple):
@@ -43,6 +45,31 @@ class EncodedTexts(NamedTuple):
     """(T, E) normalised global features."""
     side: TextSide | None
     """The text side of the pair stage, cut to the longest text, where the model has one."""
+
+
+def without_padding(model: MSACLIP, ids: Tensor) -> tuple[MSACLIP, Tensor]:
+    """Token ids (T, L) cut to the longest text, and the model to read them: a view that shares all weights.
+
+    Captions take a quarter of CLIP's 77 positions.  What comes behind them changes nothing where attention is causal
+    or leaves padding out; where it does not, the ids stay as they are.
+    """
+    text, cut = model.text, ids[:, : _longest(token_mask(ids, pad_id(model.text)))]
+    if model.msa_cfg.text_tokens.padding:
+        return model, ids
+    if not hasattr(text, "attn_mask"):  # a Hugging Face tower, which masks padding
+        return model, cut
+    if text.attn_mask is None or text.cls_emb is not None or text.pool_type not in ("argmax", "eos"):
+        return model, ids
+    view, short, length = copy.copy(model), copy.copy(text), cut.shape[1]
+    short._buffers = {**text._buffers, "attn_mask": text.attn_mask[:length, :length]}  # open_clip 3.3 does not cut it
+    view._modules = {**model._modules, "text": short}
+    return view, cut
+
+
+def _longest(mask: Tensor) -> int:
+    """Length of the longest text of a mask (T, N), at least 1."""
+    attended = mask.any(dim=0).nonzero()
+    return int(attended[-1]) + 1 if len(attended) else 1
 
 
 class Scorer:
@@ -106,9 +133,9 @@ class Scorer:
         with torch.inference_mode(), self._cast():
             if not self.has_match:
                 return EncodedTexts(F.normalize(self.model.encode_text(ids).float(), dim=-1), None)
-            feature, side = self.model.text_side(ids)
-            attended = side.mask.any(dim=0).nonzero()
-            length = int(attended[-1]) + 1 if len(attended) else 1
+            model, ids = without_padding(self.model, ids)
+            feature, side = model.text_side(ids)
+            length = _longest(side.mask)
             key, value = side.key[:, :, :length].float(), side.value[:, :, :length].float()
             return EncodedTexts(feature.float(), TextSide(key, value, side.feature.float(), side.mask[:, :length]))
 
