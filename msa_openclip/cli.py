@@ -10,6 +10,7 @@ COMMANDS = {
     "eval": ("msa_openclip.eval_command", "retrieval metrics of models, side by side"),
     "classify": ("msa_openclip.classify_command", "zero-shot scene classification"),
     "best": ("msa_openclip.best_command", "best epoch of each run by validation, tested once; seeds as mean +- sd"),
+    "card": ("msa_openclip.card_command", "a model card for the hub from a run and its test"),
     "index": ("msa_openclip.index_command", "images to an index on disk"),
     "search": ("msa_openclip.search_command", "texts or pictures against an index"),
     "explain": ("msa_openclip.explain_command", "words and places behind the score of an image and a text"),
