@@ -20,6 +20,7 @@ from shards_data import tar_members
 
 from msa_openclip import cli
 from msa_openclip.run_parameters import read_parameters
+from msa_openclip.run_plot import read_curves
 from msa_openclip.shards import manifest
 from msa_openclip.steps import CLI, StepError, run
 
@@ -191,6 +192,28 @@ def test_what_is_trained_is_not_trained_again(finished, recipe, commands, capsys
     assert [words[0] for _, words in commands] == ["shards", "best"]
     assert "georsclip-MSA-tiny-ViT-seed0 is trained." in capsys.readouterr().out
     assert before == {path.name: path.stat().st_mtime_ns for path in (out / "shards").iterdir()}
+
+
+LOG = """INFO | Train Epoch: 0 [ 8/16 (50%)] LR: 0.1 Contrastive_loss: 4.0 (4.0) Match_loss: 2e-1 (0.2) Loss: 9.0 (9.0)
+INFO | Train Epoch: 1 [16/16 (100%)] LR: 0.1 Contrastive_loss: 3.0 (3.5) Match_loss: 0.1 (0.2) Loss: 8.0 (9.0)
+INFO | Eval Epoch: 1 clip_val_loss: 3.3 (3.3)
+INFO | Train Epoch: 1 [ 8/16 (50%)] LR: 0.1 Contrastive_loss: 2.5 (2.5) Match_loss: 0.3 (0.3) Loss: 9.0 (9.0)
+INFO | Train Epoch: 1 [16/16 (100%)] LR: 0.1 Contrastive_loss: 2.0 (2.2) Match_loss: 0.4 (0.3) Loss: 8.0 (9.0)
+"""
+
+
+def test_curves_of_a_resumed_run_go_forwards(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "out.log").write_text(LOG)
+    rows = [(1, 10.0), (2, 20.0), (2, 21.0)]
+    lines = [json.dumps({"epoch": epoch, "retrieval_fused_mR": value}) for epoch, value in rows]
+    (tmp_path / "checkpoints" / "results.jsonl").write_text("\n".join(lines))
+    losses, recalls = read_curves(tmp_path)
+    assert {name: list(points.items()) for name, points in losses.items()} == {
+        "contrastive_loss": [(0.5, 4.0), (1.5, 2.5), (2.0, 2.0)],
+        "match_loss": [(0.5, 0.2), (1.5, 0.3), (2.0, 0.4)],
+    }
+    assert recalls == {"fused": {1: 10.0, 2: 21.0}}
 
 
 def test_a_failing_command_ends_the_recipe(tmp_path: Path) -> None:
