@@ -9,6 +9,7 @@ from pathlib import Path
 
 from . import eval_options, report
 from .evaluation import evaluate
+from .examples import find_examples
 from .loading import load
 from .run_selection import METRIC, best_epoch, mean_and_sd
 
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = evaluate(model.scorer, data, model.preprocess, model.tokenizer, options)
         results.append(report.ModelResult.of(best.spec, found, 0.0, ties="expected", bootstrap=parsed.bootstrap))
         if parsed.html:
-            results[-1].hardest = report.hardest_captions(model, found)
+            results[-1].examples = find_examples(model, found)
     print("\n" + report.table(data, results))
     rankings = [name for name in results[0].metrics if all(name in result.metrics for result in results)]
     seeds = {name: mean_and_sd([result.metrics[name] for result in results]) for name in rankings}

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from .explain import explain, figure
+from .explain import explain, figure, view
 from .pixels import load_image
 from .search import Hit, Searcher, Where
 
@@ -46,8 +46,8 @@ def reasons(searcher: Searcher, hit: Hit, text: str) -> tuple[Any, str]:
     about = f"**{hit.image.image_id}**, cosine {hit.cosine:.3f}\n\n{said}"
     if not text.strip() or not searcher.scorer.has_match:
         return None, about
-    picture = load_image(hit.image)
-    return figure(explain(searcher.index.model, picture, text), picture), about
+    picture, model = load_image(hit.image), searcher.index.model
+    return figure(explain(model, picture, text), view(model, picture)), about
 
 
 def chart(hits: Sequence[Hit]) -> Any:

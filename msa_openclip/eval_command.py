@@ -9,6 +9,7 @@ from pathlib import Path
 
 from . import eval_options, report
 from .evaluation import evaluate
+from .examples import find_examples
 from .loading import load
 
 EXAMPLES = """examples:
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seconds = time.perf_counter() - start
         results.append(report.ModelResult.of(spec, evaluation, seconds, ties=parsed.ties, bootstrap=parsed.bootstrap))
         if parsed.html:
-            results[-1].hardest = report.hardest_captions(model, evaluation)
+            results[-1].examples = find_examples(model, evaluation)
     print(report.table(data, results, scales=parsed.scales))
     if parsed.json:
         report.write_json(parsed.json, report.as_dict(data, results, parsed))

@@ -94,6 +94,14 @@ def explain(model: LoadedModel, picture: Image.Image, text: str) -> Explanation:
     return Explanation(text, float(cosine), float(fused), scales)
 
 
+def view(model: LoadedModel, picture: Image.Image) -> Image.Image:
+    """The picture as the model sees it, scaled and cropped: what the positions of an explanation lie on."""
+    visual = model.scorer.model.visual
+    mean, sd = (torch.tensor(values).reshape(-1, 1, 1) for values in (visual.image_mean, visual.image_std))
+    seen = model.preprocess(picture.convert("RGB")) * sd + mean
+    return Image.fromarray((255 * seen).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
+
+
 def _explain_scale(
     images: ImageSide,
     texts: TextSide,
@@ -170,6 +178,9 @@ def _piece(tokenizer: Any, token: int) -> tuple[str, bool, bool]:
 def figure(explanation: Explanation, picture: Image.Image) -> Any:
     """A matplotlib figure: where each scale looked, and below it what each word gave.
 
+    Args:
+        explanation: of the picture and a text.
+        picture: what `view` makes of it.
     Raises:
         ExplainError: matplotlib is not installed.
     """
@@ -181,7 +192,7 @@ def figure(explanation: Explanation, picture: Image.Image) -> Any:
     drawn = Figure(figsize=(3.2 * count, 6.4), layout="constrained")
     axes = drawn.subplots(2, count, squeeze=False)
     for (top, bottom), scale in zip(axes.T, explanation.scales, strict=True):
-        top.imshow(picture.convert("RGB"), extent=(0, 1, 0, 1), aspect=shape)
+        top.imshow(picture, extent=(0, 1, 0, 1), aspect=shape)
         top.imshow(scale.positions.numpy(), extent=(0, 1, 0, 1), alpha=0.5, cmap="inferno", aspect=shape)
         top.set_title(f"stage {scale.scale.stage}, {scale.scale.pool}: {scale.logit:.2f}")
         top.set_axis_off()

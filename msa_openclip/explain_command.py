@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from .eval_data import CaptionedImage
-from .explain import Explanation, explain, figure
+from .explain import Explanation, explain, figure, view
 from .loading import load
 from .pixels import load_image
 from .report import write_json
@@ -18,10 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Explain and print."""
     parsed = _parser().parse_args(arguments)
     picture = load_image(CaptionedImage(parsed.image, Location(parsed.image), ()))
-    found = explain(load(parsed.model, parsed.device), picture, parsed.text)
+    model = load(parsed.model, parsed.device)
+    found = explain(model, picture, parsed.text)
     print(_text(found))
     if parsed.figure:
-        figure(found, picture).savefig(parsed.figure, dpi=120)
+        figure(found, view(model, picture)).savefig(parsed.figure, dpi=120)
     if parsed.json:
         content = asdict(found)
         for scale in content["scales"]:

@@ -5,31 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .eval_data import CaptionedImage, EvalSet
+from .eval_data import EvalSet
 from .evaluation import Evaluation
-from .loading import LoadedModel
+from .examples import Examples
 from .metrics import Ties
-from .scoring import EncodedImages
 
 COLUMNS = ("i2t_R@1", "i2t_R@5", "i2t_R@10", "t2i_R@1", "t2i_R@5", "t2i_R@10", "mR")
 CURVE_CUTOFFS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50)
-_HARD_CAPTIONS, _SHOWN_ANSWERS = 12, 4
-
-
-@dataclass(frozen=True)
-class HardCaption:
-    """A caption whose image comes late, and what came first instead."""
-
-    caption: str
-    image: CaptionedImage
-    rank: float
-    found: tuple[CaptionedImage, ...]
 
 
 @dataclass
@@ -49,7 +37,8 @@ class ModelResult:
     """By class: metrics of the main ranking."""
     curves: dict[str, dict[str, list[float]]]
     """By ranking: recall at CURVE_CUTOFFS, `i2t` and `t2i`."""
-    hardest: list[HardCaption] = field(default_factory=list)
+    examples: Examples | None = None
+    """For the page."""
 
     @property
     def main_ranking(self) -> str:
@@ -78,32 +67,6 @@ class ModelResult:
 def _curves(found: Evaluation, ranking: str, ties: Ties) -> dict[str, list[float]]:
     summary = found.per_caption[ranking].summary(ties, CURVE_CUTOFFS)
     return {way: [summary[f"{way}_R@{k}"] for k in CURVE_CUTOFFS] for way in ("i2t", "t2i")}
-
-
-def hardest_captions(model: LoadedModel, found: Evaluation) -> list[HardCaption]:
-    """The captions whose image has the worst rank by the main ranking, one for each image at most."""
-    data, scorer = found.data, model.scorer
-    main = "fused" if "fused" in scorer.rankings else "global"
-    ranks = found.per_caption[main].text_to_image.ranks()
-    truth = data.per_caption
-    worst: dict[int, int] = {}  # image -> its worst query, the worst image first
-    for query in ranks.argsort(descending=True).tolist():
-        worst.setdefault(int(truth.pair_image[query]), query)
-        if len(worst) == _HARD_CAPTIONS:
-            break
-    columns = [int(truth.query_column[query]) for query in worst.values()]
-    texts = scorer.texts(model.tokenizer([data.texts[column] for column in columns]))
-    row = scorer.rankings.index(main)
-    step = max(1, (64 << 20) // (len(columns) * scorer.bytes_per_pair(texts)))
-    parts = []
-    for rows in torch.arange(len(data.images)).split(step):  # type: ignore[no-untyped-call]
-        some = EncodedImages.of(tuple(x[rows.to(x.device)].to(scorer.device) for x in found.images.fields()))
-        parts.append(scorer.scores(some, texts)[row].cpu())
-    first = torch.cat(parts).topk(min(_SHOWN_ANSWERS, len(data.images)), dim=0).indices.T.tolist()
-    return [
-        HardCaption(data.texts[column], data.images[image], float(ranks[query]), tuple(data.images[i] for i in answers))
-        for (image, query), column, answers in zip(worst.items(), columns, first, strict=True)
-    ]
 
 
 def table(data: EvalSet, results: Sequence[ModelResult], *, scales: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""The page of an evaluation: tables, recall curves, classes and the hardest captions in one HTML file."""
+"""The page of an evaluation: tables, recall curves, classes, and captions with answers and reasons in one HTML file."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Any
 
 from . import report
 from .eval_data import CaptionedImage, EvalSet
+from .examples import Example
+from .explanation_table import STYLE, THUMBNAIL_PX, explanation_table, jpeg
 from .pixels import load_image
-from .report import HardCaption, ModelResult
+from .report import ModelResult
 
-_THUMBNAIL_PX = 112
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .7rem; text-align: right }
 th { border-bottom: 1px solid #888; font-weight: 600 } td:first-child, th:first-child,
 td:nth-child(2), th:nth-child(2) { text-align: left } .best { font-weight: 700 } .note { color: #666 }
 figure { display: inline-block; margin: .3rem; text-align: center } figcaption { font-size: 12px; color: #666 }
-.hard { border-top: 1px solid #ddd; padding: .6rem 0 } .right img { outline: 3px solid #2a7 } img { max-width: 100% }
+.example { border-top: 1px solid #ddd; padding: .6rem 0 } .right img { outline: 3px solid #2a7 } img { max-width: 100% }
 """
 
 
@@ -47,10 +48,11 @@ def page(data: EvalSet, results: Sequence[ModelResult]) -> str:
     if any(result.by_class for result in results):
         parts += ["<h2>Mean recall by class</h2>", _picture(_classes(results), "mean recall by class")]
     for result in results:
-        if result.hardest:
-            parts.append(f"<h2>Hardest captions for {escape(result.spec)} ({result.main_ranking})</h2>")
-            parts += [_hard(item) for item in result.hardest]
-    head = f"<meta charset=utf-8><title>Retrieval</title><style>{_STYLE}</style>"
+        if result.examples is not None:
+            for name, found in (("Surest", result.examples.surest), ("Hardest", result.examples.hardest)):
+                parts.append(f"<h2>{name} captions for {escape(result.spec)} ({result.main_ranking})</h2>")
+                parts += [_example(item) for item in found]
+    head = f"<meta charset=utf-8><title>Retrieval</title><style>{_STYLE}{STYLE}</style>"
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
 
 
@@ -115,21 +117,18 @@ def _picture(figure: Any, alt: str) -> str:
     return f"<img alt='{alt}' src='data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
 
 
-def _hard(item: HardCaption) -> str:
+def _example(item: Example) -> str:
     shown = [_thumbnail(item.image, f"its image, rank {item.rank:g}", right=True)]
     shown += [
         _thumbnail(image, f"{place}. {image.image_id}", right=image is item.image)
         for place, image in enumerate(item.found, start=1)
     ]
-    return f"<div class=hard><p>{escape(item.caption)}</p>{''.join(shown)}</div>"
+    reasons = (explanation_table(reason) for reason in item.reasons)
+    return f"<div class=example><p>{escape(item.caption)}</p>{''.join(shown)}{''.join(reasons)}</div>"
 
 
 def _thumbnail(image: CaptionedImage, text: str, *, right: bool) -> str:
     picture = load_image(image)
-    picture.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     mark = " class=right" if right else ""
-    label = escape(image.image_id, quote=True)
-    return f"<figure{mark}><img alt=\"{label}\" src='{source}'><figcaption>{escape(text)}</figcaption></figure>"
+    return f"<figure{mark}>{jpeg(picture, image.image_id)}<figcaption>{escape(text)}</figcaption></figure>"

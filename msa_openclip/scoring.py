@@ -101,6 +101,11 @@ class Scorer:
         alone = (f"{name}_scale{number}" for name in ("match", "fused") for number in numbers)
         return ("global", "match", "fused", *alone)
 
+    @property
+    def main_ranking(self) -> str:
+        """The one that speaks for the model: fused, where there is one."""
+        return "fused" if self.has_match else "global"
+
     def images(self, pixels: Tensor) -> EncodedImages:
         """Encode preprocessed images (I, 3, h, w)."""
         pixels = pixels.to(self.device, self.input_dtype)

@@ -84,8 +84,13 @@ def test_eval_page_holds_plots_pictures_and_classes(checkpoints, source: Path, t
     html = page.read_text()
     assert "http" not in re.sub(r"data:[^'\"]*", "", html)  # nothing from elsewhere
     assert html.count("data:image/svg+xml") == 2
-    assert html.count("class=hard") == 2 * 11  # each image's worst caption, both models
-    assert html.count("data:image/jpeg") == 2 * 11 * 5  # its image and the first four answers
+    plain, msa = (html.split(f"captions for {spec} ")[2] for spec in checkpoints.values())
+    plain = plain.split("<h2>")[0]
+    assert plain.count("class=example") == msa.count("class=example") == 11  # each image's worst caption
+    assert plain.count("data:image/jpeg") == 11 * 5  # its image and the first four answers
+    assert plain.count("<details") == 0
+    assert 11 < msa.count("<details") <= 2 * 11  # why that image, and why another came first
+    assert msa.count("data:image/jpeg") == 11 * 5 + 2 * msa.count("<details")  # where each scale looked
     by_class = json.loads(out.read_text())["models"][1]["by_class"]
     assert set(by_class) == {"harbor", "forest", "runway"}
 
