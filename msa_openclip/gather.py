@@ -54,7 +54,7 @@ class Gather:
         with all texts."""
         if self.world_size == 1:
             return columns
-        to_ranks = columns.unflatten(1, (self.world_size, -1)).transpose(0, 1)
+        to_ranks = columns.reshape(len(columns), self.world_size, -1, columns.shape[2]).transpose(0, 1)
         from_ranks: Tensor = _Exchange.apply(to_ranks)  # (ranks, S, own images, a rank's texts)
         return from_ranks.permute(1, 2, 0, 3).flatten(2)
 
@@ -76,12 +76,13 @@ class _Concatenate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        parts = gradient.reshape(ctx.world_size, -1, *gradient.shape[1:])
         if dist.get_backend() == "nccl":
-            own = gradient.new_empty(len(gradient) // ctx.world_size, *gradient.shape[1:])
-            dist.reduce_scatter_tensor(own, gradient.contiguous())
+            own = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
+            dist.reduce_scatter_tensor(own, parts.contiguous())
             return own, None
         # gloo has no reduce_scatter on every torch that we support; this sends as little.
-        return _exchange(gradient.unflatten(0, (ctx.world_size, -1))).sum(dim=0), None
+        return _exchange(parts).sum(dim=0), None
 
 
 class _Exchange(torch.autograd.Function):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pair_oracle import Mscmat, naive_logits, random_sides
 from torch import Tensor
 
-from msa_openclip import pair_scores_cpu
+from msa_openclip import pair_tiles
 from msa_openclip.pair_scores import (
     TILED_FROM,
     ImageSide,
@@ -136,9 +136,9 @@ def test_values_and_gradients_are_those_of_the_loops(logits: Logits, dtype: torc
 
 def test_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles small enough that every text and every few images have their own, the last ones uneven."""
-    monkeypatch.setattr(pair_scores_cpu, "TILE_ROWS", 9)
-    monkeypatch.setattr(pair_scores_cpu, "MOST_ROWS", 9)
-    monkeypatch.setattr(pair_scores_cpu, "TILE_LOGITS", 160)
+    monkeypatch.setattr(pair_tiles, "TILE_ROWS", 9)
+    monkeypatch.setattr(pair_tiles, "MOST_ROWS", 9)
+    monkeypatch.setattr(pair_tiles, "TILE_LOGITS", 160)
     assert_matches_oracle(
         lambda i, t: logits_with(tiled_attention, i, t),
         *random_sides(images=37, texts=11, tokens=13, dtype=torch.float64),
@@ -236,15 +236,36 @@ def test_inputs_need_not_be_contiguous(logits: Logits, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_exact_as_the_formula_in_it(logits: Logits, half: torch.dtype) -> None:
     images, texts = random_sides(images=13, texts=17, tokens=11, heads=3, width=16, dtype=half, logit_size=3.0)
+    assert logits(images, texts).dtype == torch.float32
+    assert_as_exact_as_the_formula(logits, images, texts)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_with_and_without_its_own_instructions(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways on every processor, in tiles small enough that gradients are added up over several."""
+    monkeypatch.setattr(pair_tiles, "multiplies_bfloat16", lambda: native)
+    for constant, size in {"TILE_ROWS": 24, "MOST_ROWS": 24, "TILE_LOGITS": 400}.items():
+        monkeypatch.setattr(pair_tiles, constant, size)
+    images, texts = random_sides(
+        images=37, texts=17, tokens=11, heads=3, width=16, dtype=torch.bfloat16, logit_size=3.0
+    )
+    tiles = pair_tiles.Tiles(images.query, images.readout, texts.key, texts.value, texts.mask)
+    assert tiles.operands == (torch.bfloat16 if native else torch.float32)
+    assert len(tiles.tiles) > 1
+    assert len(tiles.blocks(0)) > 1
+    assert_as_exact_as_the_formula(lambda i, t: logits_with(tiled_attention, i, t), images, texts)
+
+
+def assert_as_exact_as_the_formula(logits: Logits, images: ImageSide, texts: TextSide) -> None:
+    """Errors against float64 at most twice those of the eager form in the same precision."""
     exact = [cast(images, torch.float64), cast(texts, torch.float64)]
-    upstream = torch.randn(2, 13, 17, generator=torch.Generator().manual_seed(5))
+    upstream = torch.randn(2, len(images.query), len(texts.key), generator=torch.Generator().manual_seed(5))
 
     def errors(compute: Logits) -> list[float]:
         found = [compute(images, texts), *gradients(compute, images, texts, upstream)]
         wanted = [eager(*exact), *gradients(eager, *exact, upstream)]
         return [(a.double() - b).square().mean().sqrt().item() for a, b in zip(found, wanted, strict=True)]
 
-    assert logits(images, texts).dtype == torch.float32
     for mine, plain in zip(errors(logits), errors(eager), strict=True):
         assert mine <= 2 * plain
 
