@@ -18,22 +18,33 @@ from typing import Any
 import open_clip
 import torch
 from pair_common import medians, record
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-SINGLE_PROCESS = {"local_loss": False, "gather_with_grad": False, "rank": 0, "world_size": 1, "accum_freq": 1}
-OTHERS = {"distill": False, "siglip": False, "horovod": False}
+FLAGS = {
+    "local_loss": True,
+    "gather_with_grad": True,
+    "accum_freq": 1,
+    "distill": False,
+    "siglip": False,
+    "horovod": False,
+}
 
 
-def training_step(name: str, options: argparse.Namespace) -> Callable[[], None]:
-    """One step of a model by open_clip's own factory and loss."""
+def training_step(name: str, options: argparse.Namespace, *, rank: int = 0, world_size: int = 1) -> Callable[[], None]:
+    """One step of a model by open_clip's own factory and loss, on one rank or one of several."""
     torch.manual_seed(0)
     model = open_clip.create_model(name, device=options.device)
     model.train()
     if hasattr(model, "output_dict"):
         model.output_dict = True
-    loss = open_clip.create_loss(Namespace(model=name, **SINGLE_PROCESS, **OTHERS))
+    loss = open_clip.create_loss(Namespace(model=name, rank=rank, world_size=world_size, **FLAGS))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     size = model.visual.image_size
+    if world_size > 1:
+        model = DistributedDataParallel(model)
+        model.register_comm_hook(None, allreduce_hook)  # what it does without one, but called from Python: counted
     pixels = torch.randn(options.batch, 3, *(size if isinstance(size, tuple) else (size, size)), device=options.device)
     captions = [f"aerial image number {number} of a {'long ' * (number % 12)}river" for number in range(options.batch)]
     ids = open_clip.get_tokenizer(name)(captions).to(options.device)

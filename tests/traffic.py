@@ -15,6 +15,7 @@ SENT: dict[str, Callable[[int, Any], float]] = {
     "all_gather": lambda ranks, args: (ranks - 1) * args[1].nbytes,
     "all_to_all_single": lambda ranks, args: (ranks - 1) / ranks * args[1].nbytes,
     "reduce_scatter_tensor": lambda ranks, args: (ranks - 1) / ranks * args[1].nbytes,
+    "scatter": lambda ranks, args: (ranks - 1) * args[0].nbytes if args[2] == dist.get_rank() else 0,
     "all_reduce": lambda ranks, args: 2 * (ranks - 1) / ranks * args[0].nbytes,
 }
 """Bytes a rank sends, of its arguments: an all_reduce is a reduce_scatter and an all_gather."""
