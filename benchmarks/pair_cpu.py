@@ -1,6 +1,6 @@
 """The pair stage on a CPU against its eager form, the method as released and the machine's own matrix product.
 
-    python benchmarks/pair_cpu.py speed --sizes 16 32 64 128 256 512 --out docs/results/pair_cpu_speed.json
+    python benchmarks/pair_cpu.py speed --sizes 16 32 64 128 256 512 --bfloat16 --out docs/results/pair_cpu_speed.json
     python benchmarks/pair_cpu.py speed --sizes 256 512 1024 --eager-up-to 0 --out docs/results/pair_cpu_growth.json
     python benchmarks/pair_cpu.py naive --sizes 16 32 64 --out docs/results/pair_cpu_naive.json
     python benchmarks/pair_cpu.py memory --out docs/results/pair_cpu_memory.json
@@ -57,16 +57,25 @@ def speed(size: int, options: argparse.Namespace) -> dict[str, Any]:
         if name == "ours" or size <= options.eager_up_to:
             works[f"{name} forward"] = torch.no_grad()(partial(compute, images, texts))
             works[f"{name} step"] = partial(step, compute, images, texts, upstream)
+    if options.bfloat16:
+        half = random_sides(size, size, requires_grad=True, ragged=options.ragged, dtype=torch.bfloat16)
+        works["bfloat16 forward"] = torch.no_grad()(partial(match_logits, *half))
+        works["bfloat16 step"] = partial(step, match_logits, *half, upstream)
     times = medians(works, options.repeats)
     limit = FLOPS_PER_PAIR * size**2 * texts.mask.double().mean().item() / rate(times.pop("product"))
-    ratios = {part: times.get(f"eager {part}", math.nan) / times[f"ours {part}"] for part in ("forward", "step")}
+
+    def ratios(left: str, right: str) -> dict[str, float]:
+        parts = [part for part in ("forward", "step") if f"{left} {part}" in times and f"{right} {part}" in times]
+        return {part: times[f"{left} {part}"] / times[f"{right} {part}"] for part in parts}
+
     return {
         "size": size,
         "seconds": times,
         "limit_seconds_forward": limit,
         "fraction_of_limit_forward": limit / times["ours forward"],
         "fraction_of_limit_step": 3 * limit / times["ours step"],
-        "times_eager": {part: ratio for part, ratio in ratios.items() if not math.isnan(ratio)},
+        "times_eager": ratios("eager", "ours"),
+        "bfloat16_times_float32": ratios("ours", "bfloat16"),
     }
 
 
@@ -182,6 +191,7 @@ def main() -> None:
     parser.add_argument("--eager-up-to", type=int, default=256, help="largest B the eager form is given memory for")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ragged", action="store_true", help="texts of 5 to 30 tokens")
+    parser.add_argument("--bfloat16", action="store_true", help="speed: operands of bfloat16, too")
     parser.add_argument("--compute", choices=COMPUTE, default="ours")
     parser.add_argument("--results", default="docs/results", help="where plot finds the results")
     parser.add_argument("--out", help="file to write")

@@ -56,6 +56,7 @@ def capture_and_compile() -> None:
     images, texts = random_sides(131, 257, dtype=torch.bfloat16, device="cuda", ragged=True)
     expected = match_logits(images, texts)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         match_logits(images, texts)
     torch.cuda.current_stream().wait_stream(stream)
@@ -131,13 +132,20 @@ def main() -> None:
     if options.tune:
         options.eager_up_to = 0
         result["tune"] = tune(options)
-    else:
-        result["correctness"] = correctness()
-        capture_and_compile()
-        result["speed"] = []
-        for size in options.sizes:
-            result["speed"].append(speed(size, options))
-            print(json.dumps(result["speed"][-1]), flush=True)
+        save(result, options)
+        return
+    result["correctness"] = correctness()
+    save(result, options)
+    capture_and_compile()
+    result["speed"] = []
+    for size in options.sizes:
+        result["speed"].append(speed(size, options))
+        print(json.dumps(result["speed"][-1]), flush=True)
+        save(result, options)
+
+
+def save(result: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write what is known so far: the largest size may not fit, and the rest is worth keeping."""
     if options.out:
         Path(options.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
