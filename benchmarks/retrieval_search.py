@@ -16,6 +16,7 @@ import json
 import shutil
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +46,16 @@ class Spread(Scorer):
         return encoded._replace(feature=torch.from_numpy(unit_vectors(int(ids.sum()), count, width)))
 
 
+@cache
+def centres(width: int) -> NDArray[np.float32]:
+    """(CENTRES, width)."""
+    return np.random.default_rng(0).standard_normal((CENTRES, width), dtype=np.float32)
+
+
 def unit_vectors(seed: int, count: int, width: int) -> NDArray[np.float32]:
     """Random (count, width) around CENTRES centres, which are the same for every seed."""
-    centres = np.random.default_rng(0).standard_normal((CENTRES, width), dtype=np.float32)
     generator = np.random.default_rng(seed)
-    values = centres[generator.integers(0, CENTRES, count)]
+    values = centres(width)[generator.integers(0, CENTRES, count)]
     values += generator.standard_normal((count, width), dtype=np.float32)
     return values / np.linalg.norm(values, axis=1, keepdims=True)
 

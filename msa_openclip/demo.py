@@ -7,12 +7,14 @@ from typing import Any
 
 from PIL import Image
 
-from .explain import explain, figure, view
+from .explain import explain
+from .explanation_figure import figure, view
 from .pixels import load_image
 from .search import Hit, Searcher, Where
 
 TITLE = "Search aerial images"
 _SHOWN = 12
+_STYLE = ".caption-label { max-width: 100% !important; white-space: normal !important; left: 0 }"  # all of its scores
 
 
 class DemoError(ValueError):
@@ -29,12 +31,12 @@ def find(searcher: Searcher, text: str, picture: Image.Image | None, classes: st
 
 
 def tiles(hits: Sequence[Hit]) -> list[tuple[Image.Image, str]]:
-    """Pictures and what stands below them: place, score, and the score of each scale."""
+    """Pictures and what stands below them: place, fused score, and the score of each scale; short, as tiles are."""
     shown = []
     for place, hit in enumerate(hits, start=1):
         assert hit.image is not None
         scales = " ".join(f"{value:.1f}" for value in hit.match)
-        below = f"{place}. {hit.image.image_id}: {hit.score:.2f}" + (f" (scales {scales})" if scales else "")
+        below = f"{place}. {hit.score:.2f}" + (f" ({scales})" if scales else "")
         shown.append((load_image(hit.image), below))
     return shown
 
@@ -62,12 +64,14 @@ def chart(hits: Sequence[Hit]) -> Any:
     ]
     if not placed:
         return None
-    drawn = Figure(figsize=(6, 4), layout="constrained")
+    drawn = Figure(figsize=(5, 5), layout="constrained")
     axis = drawn.subplots()
     for place, (west, south, east, north) in placed:
         axis.add_patch(Rectangle((west, south), east - west, north - south, fill=False, color="#2a7f62"))
         axis.annotate(str(place), ((west + east) / 2, (south + north) / 2), ha="center", va="center")
     axis.autoscale_view()
+    axis.ticklabel_format(style="plain", useOffset=False)
+    axis.tick_params(axis="x", rotation=30)
     axis.set(xlabel="east", ylabel="north", aspect="equal")
     return drawn
 
@@ -95,17 +99,23 @@ def page(searcher: Searcher) -> Any:
 
     clicked.__annotations__["event"] = gr.SelectData  # how gradio tells what to pass; a string would not resolve
     with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
+        gr.HTML(f"<style>{_STYLE}</style>", padding=False)
         gr.Markdown(f"# {TITLE}\n{len(searcher.index):,} images. Click an answer to see why it was found.")
         with gr.Row():
-            text = gr.Textbox(label="Sentence", placeholder="many planes are parked beside a terminal", scale=3)
-            classes = gr.Textbox(label="Classes (optional, with commas)", scale=1)
-            button = gr.Button("Search", variant="primary", scale=0)
-        picture = gr.Image(label="or a picture", type="pil", height=160)
+            with gr.Column(scale=3):
+                text = gr.Textbox(label="Sentence", placeholder="many planes are parked beside a terminal")
+                classes = gr.Textbox(label="Classes (optional, with commas)")
+                button = gr.Button("Search", variant="primary")
+            picture = gr.Image(label="or a picture", type="pil", height=240, scale=1)
         hits = gr.State([])
-        gallery = gr.Gallery(label="Answers", columns=6, height="auto", allow_preview=False)
-        about = gr.Markdown()
+        with gr.Row():
+            with gr.Column(scale=3):
+                gr.Markdown("Answers: place, fused score (score of each scale, shallow to deep)")
+                gallery = gr.Gallery(show_label=False, columns=4, height="auto", allow_preview=False)
+            with gr.Column(scale=2):
+                about = gr.Markdown()
+                positions = gr.Plot(label="Where", visible=False)
         why = gr.Plot(label="Why")
-        positions = gr.Plot(label="Where", visible=False)
         for ask in (button.click, text.submit):
             ask(search, [text, picture, classes], [gallery, hits, about, positions, why])
         gallery.select(clicked, [hits, text], [why, about])

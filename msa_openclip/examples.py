@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .eval_data import CaptionedImage
 from .evaluation import Evaluation
-from .explain import Explanation, explain, view
+from .explain import Explanation, explain
+from .explanation_figure import view
 from .loading import LoadedModel
 from .pixels import load_image
 from .scoring import EncodedImages

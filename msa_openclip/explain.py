@@ -94,14 +94,6 @@ def explain(model: LoadedModel, picture: Image.Image, text: str) -> Explanation:
     return Explanation(text, float(cosine), float(fused), scales)
 
 
-def view(model: LoadedModel, picture: Image.Image) -> Image.Image:
-    """The picture as the model sees it, scaled and cropped: what the positions of an explanation lie on."""
-    visual = model.scorer.model.visual
-    mean, sd = (torch.tensor(values).reshape(-1, 1, 1) for values in (visual.image_mean, visual.image_std))
-    seen = model.preprocess(picture.convert("RGB")) * sd + mean
-    return Image.fromarray((255 * seen).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
-
-
 def _explain_scale(
     images: ImageSide,
     texts: TextSide,
@@ -173,37 +165,3 @@ def _piece(tokenizer: Any, token: int) -> tuple[str, bool, bool]:
         return letters.decode("utf-8", errors="replace"), True, piece.endswith("</w>")
     piece = str(tokenizer.tokenizer.convert_ids_to_tokens(token))  # word piece: ## continues; sentence piece: ▁ starts
     return piece.removeprefix("##").removeprefix("▁"), not piece.startswith("##"), True
-
-
-def figure(explanation: Explanation, picture: Image.Image) -> Any:
-    """A matplotlib figure: where each scale looked, and below it what each word gave.
-
-    Args:
-        explanation: of the picture and a text.
-        picture: what `view` makes of it.
-    Raises:
-        ExplainError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ExplainError("the figure needs matplotlib: pip install 'msa_openclip[plot]'.") from error
-    count, shape = len(explanation.scales), picture.height / picture.width
-    drawn = Figure(figsize=(3.2 * count, 6.4), layout="constrained")
-    axes = drawn.subplots(2, count, squeeze=False)
-    for (top, bottom), scale in zip(axes.T, explanation.scales, strict=True):
-        top.imshow(picture, extent=(0, 1, 0, 1), aspect=shape)
-        top.imshow(scale.positions.numpy(), extent=(0, 1, 0, 1), alpha=0.5, cmap="inferno", aspect=shape)
-        top.set_title(f"stage {scale.scale.stage}, {scale.scale.pool}: {scale.logit:.2f}")
-        top.set_axis_off()
-        parts = [*((word.text, word.contribution) for word in scale.words)]
-        parts += [("(sentence)", scale.sentence), ("(image)", scale.image)]
-        places = list(range(len(parts)))
-        colours = ["#2a7f62" if value > 0 else "#b5482f" for _, value in parts]
-        bottom.barh(places, [value for _, value in parts], color=colours)
-        bottom.set_yticks(places, [text for text, _ in parts])
-        bottom.invert_yaxis()
-        bottom.axvline(0, color="#444", linewidth=0.8)
-        bottom.set_xlabel("part of the logit")
-    drawn.suptitle(f"{explanation.text}\ncosine {explanation.cosine:.3f}, fused {explanation.fused:.2f}")
-    return drawn

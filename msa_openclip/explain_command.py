@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from .eval_data import CaptionedImage
-from .explain import Explanation, explain, figure, view
+from .explain import Explanation, explain
+from .explanation_figure import figure, view
 from .loading import load
 from .pixels import load_image
 from .report import write_json

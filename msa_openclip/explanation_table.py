@@ -6,11 +6,11 @@ import base64
 import io
 from html import escape
 
-from PIL import Image, ImageEnhance
-from torch import Tensor
+from PIL import Image
 
 from .examples import Reason
 from .explain import ScaleExplanation
+from .explanation_figure import spotlight
 
 THUMBNAIL_PX = 112
 STYLE = """
@@ -19,7 +19,6 @@ details { margin: .3rem 0 } summary { cursor: pointer; color: #555 }
 .parts tr:last-child td { border-top: 1px solid #888; font-weight: 600 }
 """
 _GAIN, _LOSS = "42,127,98", "181,72,47"
-_DARK = 0.2
 
 
 def explanation_table(reason: Reason) -> str:
@@ -39,20 +38,13 @@ def explanation_table(reason: Reason) -> str:
 
 def _head(reason: Reason, scale: ScaleExplanation) -> str:
     name = f"stage {scale.scale.stage}, {scale.scale.pool}"
-    return f"<th>{name}<br>{jpeg(spotlight(reason.view, scale.positions), f'where {name} looked')}"
+    looked = spotlight(reason.view, scale.positions).resize((THUMBNAIL_PX, THUMBNAIL_PX))
+    return f"<th>{name}<br>{jpeg(looked, f'where {name} looked')}"
 
 
 def _cell(part: float, largest: float) -> str:
     colour = f"rgba({_GAIN if part > 0 else _LOSS},{0.8 * abs(part) / largest:.2f})"
     return f"<td style='background:{colour}'>{part:+.3f}"
-
-
-def spotlight(view: Image.Image, positions: Tensor) -> Image.Image:
-    """The picture, dark except where the scale looked; `positions` (h, w) are shares."""
-    picture = view.resize((THUMBNAIL_PX, THUMBNAIL_PX))
-    share = (255 * positions / positions.max()).round().byte().numpy()
-    light = Image.fromarray(share).resize(picture.size, Image.Resampling.BILINEAR)
-    return Image.composite(picture, ImageEnhance.Brightness(picture).enhance(_DARK), light)
 
 
 def jpeg(picture: Image.Image, alt: str) -> str:

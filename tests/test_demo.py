@@ -53,10 +53,9 @@ def test_sentence_picture_and_classes(searcher: Searcher) -> None:
 def test_answers_show_picture_place_and_scales(searcher: Searcher) -> None:
     hits = find(searcher, "harbor number 3", None, "")
     shown = tiles(hits)
-    assert [below.split(":")[0] for _, below in shown] == [
-        f"{n}. {hit.image.image_id}" for n, hit in enumerate(hits, start=1)
+    assert [below for _, below in shown] == [
+        f"{n}. {hit.score:.2f} ({hit.match[0]:.1f} {hit.match[1]:.1f})" for n, hit in enumerate(hits, start=1)
     ]
-    assert f"(scales {hits[0].match[0]:.1f} {hits[0].match[1]:.1f})" in shown[0][1]
     assert isinstance(shown[0][0], Image.Image)
 
 

@@ -16,8 +16,9 @@ from msa_openclip.eval_data import EvalSet
 from msa_openclip.eval_readers import read_captions
 from msa_openclip.evaluation import Evaluation, evaluate
 from msa_openclip.examples import Examples, find_examples
-from msa_openclip.explain import explain, view
-from msa_openclip.explanation_table import explanation_table, spotlight
+from msa_openclip.explain import explain
+from msa_openclip.explanation_figure import spotlight, view
+from msa_openclip.explanation_table import explanation_table
 from msa_openclip.loading import LoadedModel, load
 from msa_openclip.pixels import load_image
 from msa_openclip.scoring import Scorer

@@ -13,7 +13,8 @@ from PIL import Image
 from retrieval_data import randomise, scene
 
 from msa_openclip import cli
-from msa_openclip.explain import ExplainError, explain, figure
+from msa_openclip.explain import ExplainError, explain
+from msa_openclip.explanation_figure import figure
 from msa_openclip.loading import LoadedModel, load
 
 TEXT = "Many unparkable planes, near trees"
