@@ -10,7 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from packaging.version import parse as parse_version
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from traffic import counted, nbytes
 
@@ -85,6 +88,44 @@ def test_ranks_agree_with_one_process(preset: str, world_size: int, tmp_path: Pa
         torch.testing.assert_close(losses, torch.full_like(losses, expected_loss), rtol=1e-5, atol=0)
         for name, gradient in expected.items():
             torch.testing.assert_close(ranks[0][1][name], gradient, rtol=1e-5, atol=1e-9, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+def sharded_rank(rank: int, world_size: int, folder: str) -> None:
+    """One step with FSDP2: a group of parameters for each block of the towers and one for all else."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    try:
+        model, images, texts = model_and_batch("default")
+        mesh = init_device_mesh("cpu", (world_size,))
+        for block in (*model.visual.transformer.resblocks, *model.text.transformer.resblocks):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh, ignored_params={model.logit_scale})  # it takes no scalars
+        part = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
+        loss = MSALoss(model.msa_cfg, **MODES["local"], rank=rank, world_size=world_size)
+        loss(**model(images[part], texts[part])).backward()
+        found = {name: whole(gradient) for name, gradient in gradients(model).items()}
+        dist.all_reduce(found["logit_scale"])
+        found["logit_scale"] /= world_size
+        torch.save(found, f"{folder}/{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def whole(gradient: Tensor) -> Tensor:
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
+@pytest.mark.skipif(
+    parse_version(torch.__version__) < parse_version("2.7"),
+    reason="fully_shard with ignored parameters needs torch 2.7",
+)
+def test_fully_sharded_models_agree_with_one_process(tmp_path: Path) -> None:
+    _, expected = whole_batch("default")
+    torch.multiprocessing.spawn(sharded_rank, (2, str(tmp_path)), nprocs=2)
+    torch.testing.assert_close(torch.load(tmp_path / "0.pt"), expected, rtol=1e-5, atol=1e-9)
 
 
 def sending_rank(rank: int, world_size: int, folder: str) -> None:
