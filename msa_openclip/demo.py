@@ -64,7 +64,7 @@ def chart(hits: Sequence[Hit]) -> Any:
     ]
     if not placed:
         return None
-    drawn = Figure(figsize=(5, 5), layout="constrained")
+    drawn = Figure(figsize=(5, 3.6), layout="constrained")
     axis = drawn.subplots()
     for place, (west, south, east, north) in placed:
         axis.add_patch(Rectangle((west, south), east - west, north - south, fill=False, color="#2a7f62"))
@@ -99,7 +99,6 @@ def page(searcher: Searcher) -> Any:
 
     clicked.__annotations__["event"] = gr.SelectData  # how gradio tells what to pass; a string would not resolve
     with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
-        gr.HTML(f"<style>{_STYLE}</style>", padding=False)
         gr.Markdown(f"# {TITLE}\n{len(searcher.index):,} images. Click an answer to see why it was found.")
         with gr.Row():
             with gr.Column(scale=3):
@@ -114,8 +113,9 @@ def page(searcher: Searcher) -> Any:
                 gallery = gr.Gallery(show_label=False, columns=4, height="auto", allow_preview=False)
             with gr.Column(scale=2):
                 about = gr.Markdown()
-                positions = gr.Plot(label="Where", visible=False)
-        why = gr.Plot(label="Why")
+                positions = gr.Plot(show_label=False, visible=False)
+        why = gr.Plot(show_label=False)
+        gr.HTML(f"<style>{_STYLE}</style>", padding=False)
         for ask in (button.click, text.submit):
             ask(search, [text, picture, classes], [gallery, hits, about, positions, why])
         gallery.select(clicked, [hits, text], [why, about])
