@@ -84,7 +84,8 @@ class MSALoss(nn.Module):
 
     It has no parameters: what it reads is batch-first and can be gathered across ranks and concatenated over the
     micro-batches of `--accum-freq`. Gradients, averaged over ranks as DistributedDataParallel does it, equal those of
-    one process with the whole batch, except with `local_loss` alone, which drops gradients as in open_clip's ClipLoss.
+    one process with the whole batch, except with `local_loss` alone, which drops gradients of the global features as
+    open_clip's ClipLoss does.
 
     Args:
         msa_cfg: the model's configuration.
