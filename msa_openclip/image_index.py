@@ -22,6 +22,8 @@ from .index import check_model
 from .index_files import damaged, from_record, read_manifest
 from .loading import LoadedModel
 
+_BLOCK = 2048
+
 
 class ImageRecords(Sequence[CaptionedImage]):
     """The records of all segments as a sequence; a row is parsed when it is asked for."""
@@ -98,9 +100,10 @@ class ImageIndex:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def features(self) -> Iterator[tuple[int, Tensor]]:
-        """First row and global features (n, E) float32 of each segment."""
+        """First row and global features (n, E) float32, a few thousand rows at a time, which stay in fast memory."""
         for end, part in zip(self._ends, self._features, strict=True):
-            yield int(end) - len(part), torch.from_numpy(part.astype(np.float32))
+            for start in range(0, len(part), _BLOCK):
+                yield int(end) - len(part) + start, torch.from_numpy(part[start : start + _BLOCK]).float()
 
     def feature_rows(self, rows: Tensor) -> Tensor:
         """Global features (n, E) float32 of some rows."""
@@ -122,7 +125,7 @@ class ImageIndex:
 
 def _mapped(segment: Path, file: str, images: int) -> NDArray[np.float16]:
     try:
-        values: NDArray[np.float16] = np.load(segment / file, mmap_mode="r")
+        values: NDArray[np.float16] = np.load(segment / file, mmap_mode="c")  # torch takes no read-only arrays
     except (OSError, ValueError) as error:
         raise damaged(segment, f"{file}: {error}") from error
     if len(values) != images or values.dtype != np.float16:
