@@ -66,7 +66,7 @@ def _text(name: str, hits: Sequence[Hit]) -> str:
     lines = [name]
     for place, hit in enumerate(hits, start=1):
         scales = " ".join(f"{value:7.3f}" for value in hit.match)
-        answer = hit.text if hit.image is None else hit.image.image_id
+        answer = hit.text if hit.image is None else ": ".join((hit.image.image_id, *hit.image.captions[:1]))
         lines.append(f"  {place:3}  {hit.score:8.3f}  cos {hit.cosine:6.3f}  {scales}  {answer}")
     return "\n".join(lines if hits else [*lines, "  nothing found"])
 

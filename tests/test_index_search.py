@@ -303,7 +303,7 @@ def test_commands(checkpoint: str, pattern: str, tmp_path: Path, capsys) -> None
     assert len(row["hits"][0]["match"]) == 2
     scene(3).save(tmp_path / "3.png")
     assert cli.main(["search", folder, "--like", str(tmp_path / "3.png"), "-k", "1"]) == 0
-    assert "harbor_3" in capsys.readouterr().out
+    assert "harbor_3: " in capsys.readouterr().out  # and what is said of it
     assert cli.main(["search", folder, "--describe", str(tmp_path / "3.png"), "-k", "3"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4
     assert cli.main(["search", folder, "harbor", "--classes", "desert"]) == 0
