@@ -56,7 +56,7 @@ class Loss:
     global_weight: float = 1.0
     margin: float = 0.5
     """Of the triplet term, in cosine."""
-    fused_weight: float = 0.0
+    fused_weight: float = 1.0
     """Of the InfoNCE on the fused scores of `ranking`, by which retrieval ranks."""
     match_weight: float = 0.25
     """Of the cross-entropy summed over scales."""

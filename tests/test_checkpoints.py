@@ -151,7 +151,7 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(tmp_path: Path) -> No
 
 def test_a_model_without_a_head_takes_plain_clip_as_its_own(tmp_path: Path) -> None:
     base = create("tiny-ViT", 0)
-    plain = {"image_scales": [{"stage": 3}], "fusion": "tower", "loss": {"match_weight": 0, "consistency_weight": 0}}
+    plain = {"image_scales": [{"stage": 3}], "fusion": "tower", "loss": {"fused_weight": 0, "match_weight": 0, "consistency_weight": 0}}
     model = create("tiny-ViT", 1, msa_cfg=plain, pretrained=str(save_pt(base.state_dict(), tmp_path / "base")))
     assert torch.equal(model.encode_image(tiny.images(model)), base.encode_image(tiny.images(model)))
 

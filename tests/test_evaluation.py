@@ -138,7 +138,7 @@ def test_agrees_with_clip_benchmark(data: EvalSet) -> None:
 
 
 def test_without_match_losses_only_the_global_ranking_is_left(data: EvalSet) -> None:
-    model = msa_model(loss={"match_weight": 0, "consistency_weight": 0})
+    model = msa_model(loss={"fused_weight": 0, "match_weight": 0, "consistency_weight": 0})
     assert list(evaluate(Scorer(model), data, preprocess, Tokenizer()).per_caption) == ["global"]
 
 

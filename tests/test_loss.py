@@ -258,7 +258,7 @@ def test_loss_is_the_sum_of_its_terms_and_every_key_ends_in_loss() -> None:
     output = small_output()
     loss = MSALoss(MSACfg.from_dict(SMALL))
     terms = loss(**output, output_dict=True)
-    assert set(terms) == {"contrastive_loss", "match_loss", "consistency_loss"}
+    assert set(terms) == {"contrastive_loss", "fused_loss", "match_loss", "consistency_loss"}
     torch.testing.assert_close(loss(**output), sum(terms.values()))
 
 
@@ -279,7 +279,7 @@ def test_missing_sides_are_named() -> None:
 
 def test_a_model_without_mscmat_needs_no_sides() -> None:
     output = {key: x for key, x in small_output().items() if not key.startswith("match_")}
-    cfg = MSACfg.from_dict(SMALL | {"loss": {"match_weight": 0, "consistency_weight": 0}})
+    cfg = MSACfg.from_dict(SMALL | {"loss": {"fused_weight": 0, "match_weight": 0, "consistency_weight": 0}})
     assert set(MSALoss(cfg)(**output, output_dict=True)) == {"contrastive_loss"}
 
 

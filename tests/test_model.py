@@ -221,7 +221,7 @@ def test_stored_scale_vectors_score_as_their_images() -> None:
 
 
 def test_a_model_without_mscmat_says_so() -> None:
-    model = build(loss={"match_weight": 0, "consistency_weight": 0}).eval()
+    model = build(loss={"fused_weight": 0, "match_weight": 0, "consistency_weight": 0}).eval()
     images, texts = batch(model)
     assert not [name for name, _ in model.named_parameters() if name.startswith("mscmat")]
     per_image, _ = model.get_logits(images, texts)
@@ -261,14 +261,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pools, plain": {
         "image_scales": SCALES_WITH_ALL_POOLS,
         "fusion": "tower",
-        "loss": {"match_weight": 0, "consistency_weight": 0},
+        "loss": {"fused_weight": 0, "match_weight": 0, "consistency_weight": 0},
     },
     "one scale": {"image_scales": [{"stage": 3}]},
     "triplet": {"loss": {"global_term": "triplet"}},
     "no match": {"loss": {"match_weight": 0}},
     "no consistency": {"loss": {"consistency_weight": 0}},
     "no global": {"loss": {"global_weight": 0}},
-    "no mscmat": {"loss": {"match_weight": 0, "consistency_weight": 0}},
+    "no mscmat": {"loss": {"fused_weight": 0, "match_weight": 0, "consistency_weight": 0}},
     "one direction": {"loss": {"match_directions": "image_to_text", "consistency": "released"}},
     "sigmoid": {"score": {"form": "sigmoid", "gate": "plain", "temperature": None}},
     "width": {"width": 20, "heads": 5, "text_tokens": {"first": True, "padding": True}},

@@ -1,0 +1,287 @@
+"""What MSA and its parts are worth on UCM-Captions: plain CLIP, preset `paper`, the default, and one change at a time.
+
+    python benchmarks/ucm_accuracy.py run UCM --out out/ucm --jobs 2      UCM: folder with dataset_ucm.json and images/
+    python benchmarks/ucm_accuracy.py run UCM --out out/ucm --only clip default --seeds 0 1 2 3 4
+    python benchmarks/ucm_accuracy.py report out/ucm/results.json --plot docs/images/ucm_accuracy.svg
+
+Every run is `python -m open_clip_train.main` on the same shards with the same towers (ResNet-18 at 96 px and a small
+transformer, from scratch), epochs, batches and augmentation; plain CLIP is open_clip's own model with open_clip's own
+loss.  The learning rate is chosen for each of the three sides from one grid by validation (seed 0), the epoch of each
+run by validation; test images are seen once, by the chosen epoch.  Runs that are finished are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msa_openclip.run_selection import best_epoch
+
+TOWERS: dict[str, Any] = {
+    "embed_dim": 192,
+    "vision_cfg": {"timm_model_name": "resnet18", "timm_pool": "avg", "timm_proj": "linear", "image_size": 96},
+    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 4},
+    "custom_text": True,
+}
+
+
+def scales(*stages: int, shallow: str = "max", deepest: str = "avg") -> list[dict[str, Any]]:
+    """`image_scales` of ResNet stages, pooled as in the paper unless told otherwise."""
+    return [{"stage": stage, "pool": deepest if stage == 4 else shallow} for stage in stages]
+
+
+MAIN = ("clip", "paper", "default")
+VARIANTS: dict[str, dict[str, Any] | None] = {
+    "clip": None,
+    "paper": {"preset": "paper", "heads": 12},
+    "default": {},
+    "no-fused-term": {"loss": {"fused_weight": 0}},
+    "fused-term-alone": {"loss": {"global_weight": 0, "match_weight": 0, "consistency_weight": 0}},
+    "no-consistency": {"loss": {"consistency_weight": 0}},
+    "released-consistency": {"loss": {"consistency": "released", "consistency_temperature": 2.0}},
+    "one-direction": {"loss": {"match_directions": "image_to_text"}},
+    "sigmoid-scores": {"score": {"form": "sigmoid", "temperature": None, "gate": "plain"}},
+    "no-temperature": {"score": {"temperature": None}},
+    "copies-are-negatives": {"loss": {"identical_captions": False}},
+    "padding-attended": {"text_tokens": {"padding": True}},
+    "fusion-tower": {"fusion": "tower"},
+    "fusion-scales": {"fusion": "scales"},
+    "scale-4": {"image_scales": scales(4)},
+    "scales-34": {"image_scales": scales(3, 4)},
+    "scales-234": {"image_scales": scales(2, 3, 4)},
+    "pool-avg": {"image_scales": scales(1, 2, 3, 4, shallow="avg")},
+    "pool-max": {"image_scales": scales(1, 2, 3, 4, deepest="max")},
+    "pool-learned": {"image_scales": scales(1, 2, 3, 4, shallow="learned", deepest="learned")},
+    "width-384": {"width": 384, "heads": 6},
+    "heads-12": {"heads": 12},
+}
+"""Name -> `msa_cfg` over four scales and three heads; None is plain CLIP, with open_clip's own model and loss."""
+RECALLS = ("i2t_R@1", "i2t_R@5", "i2t_R@10", "t2i_R@1", "t2i_R@5", "t2i_R@10", "mR")
+RANKINGS = ("global", "match", "fused")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    variant: str
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-lr{self.lr:g}-seed{self.seed}"
+
+    @property
+    def model(self) -> str:
+        return f"ucm-{self.variant}"
+
+    @property
+    def metric(self) -> str:
+        """Chooses the epoch and the rate: what the model ranks by."""
+        return "retrieval_global_mR" if VARIANTS[self.variant] is None else "retrieval_fused_mR"
+
+
+class Study:
+    """Shards, model configurations and runs below one folder."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.out: Path = options.out.resolve()
+        self.shards, self.configs, self.logs = self.out / "shards", self.out / "configs", self.out / "logs"
+        self.results = self.out / "results.json"
+
+    def prepare(self) -> None:
+        """Shards of small images, and a model configuration for each variant."""
+        ucm = self.options.ucm
+        if not (self.shards / "manifest.json").exists():
+            source = (ucm / "dataset_ucm.json", self.shards, "--images", ucm / "images")
+            small = ("--resize-px", 128, "--resize-mode", "squash", "--quiet")
+            self.command("msa_openclip.cli", "shards", "build", *source, *small)
+        self.configs.mkdir(parents=True, exist_ok=True)
+        for name, changes in VARIANTS.items():
+            msa = {} if changes is None else {"msa_cfg": {"image_scales": scales(1, 2, 3, 4), "heads": 3} | changes}
+            (self.configs / f"ucm-{name}.json").write_text(json.dumps(TOWERS | msa, indent=2))
+
+    def run_all(self, runs: Iterable[Run]) -> list[dict[str, Any]]:
+        """Train and test what is not there yet, some at a time; the rows of `runs` in their order."""
+        chosen = list(dict.fromkeys(runs))
+        with concurrent.futures.ThreadPoolExecutor(self.options.jobs) as pool:
+            return list(pool.map(self.row, chosen))
+
+    def row(self, run: Run) -> dict[str, Any]:
+        """Train one model, choose its epoch by val, test that epoch once, drop the other checkpoints."""
+        folder = self.logs / run.name
+        path = folder / "row.json"
+        if not path.exists():
+            if not (folder / "checkpoints" / f"epoch_{self.options.epochs}.pt").exists():
+                self.train(run)
+            best = best_epoch(str(folder), run.metric)
+            test = folder / "test.json"
+            data = ("--shards", self.pattern("test"), "--workers", 0)
+            self.command("msa_openclip.cli", "best", folder, "--metric", run.metric, *data, "--json", test)
+            epochs = [json.loads(line) for line in (folder / "checkpoints" / "results.jsonl").read_text().splitlines()]
+            tested = json.loads(test.read_text())["mean_sd"]
+            row = {
+                "variant": run.variant, "lr": run.lr, "seed": run.seed, "epoch": best.epoch, "val": best.value,
+                "val_mR": {r: [e[f"retrieval_{r}_mR"] for e in epochs if f"retrieval_{r}_mR" in e] for r in RANKINGS},
+                "test": {r: {k: v[0] for k, v in tested[r].items() if k in RECALLS} for r in tested},
+            }  # fmt: skip
+            for checkpoint in (folder / "checkpoints").glob("epoch_*.pt"):
+                if str(checkpoint) != best.checkpoint:
+                    checkpoint.unlink()
+            path.write_text(json.dumps(row))
+        return dict(json.loads(path.read_text()))
+
+    def train(self, run: Run) -> None:
+        """`open_clip_train.main` as a user would call it; what it says goes to LOGS/NAME.log."""
+        folder = self.logs / run.name
+        if folder.exists():
+            raise RuntimeError(f"{folder} holds an unfinished run; remove it and call this again.")
+        options = self.options
+        self.command(
+            "open_clip_train.main", "--model", run.model, "--device", "cpu", "--precision", options.precision,
+            "--train-data", self.pattern("train"), "--val-data", self.pattern("val"), "--dataset-type", "webdataset",
+            "--aug-cfg", "dihedral=True", "scale=(0.9,1.0)", "--workers", 1, "--batch-size", 64,
+            "--epochs", options.epochs, "--lr", run.lr, "--warmup", 30, "--seed", run.seed,
+            "--save-frequency", 2, "--val-frequency", 2, "--log-every-n-steps", 13,
+            "--logs", self.logs, "--name", run.name,
+            log=self.logs / f"{run.name}.log",
+        )  # fmt: skip
+
+    def pattern(self, split: str) -> str:
+        """Brace pattern of a split's shards."""
+        last = sorted(self.shards.glob(f"{split}-*.tar"))[-1].stem.removeprefix(f"{split}-")
+        return f"{self.shards}/{split}-{{{'0' * len(last)}..{last}}}.tar"
+
+    def command(self, module: str, *arguments: object, log: Path | None = None) -> None:
+        """Print and run `python -m module arguments` on one thread; plain CLIP reads and is evaluated as MSA is."""
+        words = [str(argument) for argument in arguments]
+        print(f"$ python -m {module} {shlex.join(words)}", flush=True)
+        environment = os.environ | {
+            "MSA_OPENCLIP_CONFIGS": str(self.configs),
+            "MSA_OPENCLIP_LOADER": "all",
+            "MSA_OPENCLIP_EVALUATE": "all",
+            "OMP_NUM_THREADS": str(self.options.threads),
+        }
+        self.logs.mkdir(parents=True, exist_ok=True)
+        log = log or self.logs / "commands.log"
+        with log.open("a") as output:
+            streams = {"stdout": output, "stderr": subprocess.STDOUT}
+            done = subprocess.run([sys.executable, "-m", module, *words], env=environment, check=False, **streams)
+        if done.returncode:
+            raise RuntimeError(f"{module} ended with code {done.returncode}; see {log}.")
+
+
+def main() -> None:
+    options = parse_arguments()
+    if options.command == "report":
+        report(json.loads(options.results.read_text()), options.plot)
+        return
+    study = Study(options)
+    study.prepare()
+    compared = [name for name in options.only if name in MAIN] or ["default"]
+    grid = study.run_all(Run(name, lr, 0) for name in compared for lr in options.lrs)
+    best = {row["variant"]: row["lr"] for row in sorted(grid, key=lambda row: row["val"])}  # the last one stays
+    print("Learning rates chosen on val: " + ", ".join(f"{name} {lr:g}" for name, lr in best.items()))
+    repeated = study.run_all(Run(name, best[name], seed) for seed in options.seeds for name in compared)
+    changed = [name for name in options.only if name not in MAIN]
+    ablation = study.run_all(Run(name, best["default"], seed) for seed in options.ablation_seeds for name in changed)
+    rows = {json.dumps(row): row for row in [*grid, *repeated, *ablation]}
+    found = {"command": shlex.join(["python", *sys.argv]), "chosen_lr": best, "runs": list(rows.values())}
+    study.results.write_text(json.dumps(found, indent=1))
+    report(found, None)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="train and test what is not there yet, then report")
+    run.add_argument("ucm", type=Path, help="folder with dataset_ucm.json and images/")
+    run.add_argument("--out", type=Path, required=True, help="folder for shards, runs and results.json")
+    names = list(VARIANTS)
+    run.add_argument("--only", nargs="+", choices=names, default=names, metavar="VARIANT", help=", ".join(names))
+    run.add_argument("--lrs", type=float, nargs="+", default=[5e-4, 1e-3], help="the grid of every side")
+    run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the three sides")
+    run.add_argument("--ablation-seeds", type=int, nargs="+", default=[0], help="of each change")
+    run.add_argument("--epochs", type=int, default=12)
+    run.add_argument("--precision", default="amp_bf16", help="fp32 where the processor has no bf16 units")
+    run.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    run.add_argument("--threads", type=int, default=1, help="of each run")
+    shown = commands.add_parser("report", help="tables and a plot of a results.json")
+    shown.add_argument("results", type=Path)
+    shown.add_argument("--plot", type=Path)
+    return parser.parse_args()
+
+
+def report(found: dict[str, Any], plot: Path | None) -> None:
+    """Markdown tables: recalls of the three sides, then mR of every variant against the default's same seeds."""
+    rates = found["chosen_lr"]
+    runs = [row for row in found["runs"] if row["lr"] == rates.get(row["variant"], rates.get("default"))]
+    by_variant = {name: [row for row in runs if row["variant"] == name] for name in VARIANTS}
+    print("| | seeds | ranking | " + " | ".join(RECALLS) + " |\n|---|---|---|" + "---|" * len(RECALLS))
+    for name in MAIN:
+        for ranking in RANKINGS:
+            rows = [row["test"][ranking] for row in by_variant[name] if ranking in row["test"]]
+            if rows:
+                cells = " | ".join(mean_sd([row[metric] for row in rows]) for metric in RECALLS)
+                print(f"| {name} | {len(rows)} | {ranking} | {cells} |")
+    print("\n| change | seeds | val | global | match | fused |\n|---|---|---|---|---|---|")
+    for name, rows in by_variant.items():
+        if rows:
+            tested = [[row["test"][ranking]["mR"] for row in rows if ranking in row["test"]] for ranking in RANKINGS]
+            cells = " | ".join(mean_sd(values) if values else "" for values in tested)
+            print(f"| {name} | {len(rows)} | {mean_sd([row['val'] for row in rows])} | {cells} |")
+    if plot:
+        draw(by_variant, plot)
+
+
+def mean_sd(values: Sequence[float]) -> str:
+    """Mean +- sample standard deviation; the mean alone for one value."""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread}"
+
+
+def draw(by_variant: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Validation mR by epoch of the three sides, and test mR of every variant."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (curves, bars) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for name, style in zip(MAIN, ("k", "C1", "C0"), strict=True):
+        for ranking, dash in zip(RANKINGS, ("-", ":", "--"), strict=True):
+            series = [row["val_mR"][ranking] for row in by_variant[name] if row["val_mR"][ranking]]
+            if series:
+                means = [statistics.fmean(values) for values in zip(*series, strict=True)]
+                curves.plot([2 * (i + 1) for i in range(len(means))], means, style + dash, label=f"{name}, {ranking}")
+    curves.set(xlabel="epoch", ylabel="mR on val (%)", title="validation, mean over seeds")
+    shown = {name: rows for name, rows in by_variant.items() if rows}
+    for offset, ranking in enumerate(RANKINGS):
+        for position, rows in enumerate(shown.values()):
+            values = [row["test"][ranking]["mR"] for row in rows if ranking in row["test"]]
+            height = position + (offset - 1) * 0.27
+            if values:
+                bars.barh(height, statistics.fmean(values), 0.25, color=f"C{offset}")
+                bars.plot(values, [height] * len(values), "k.", markersize=3)
+    bars.set(yticks=range(len(shown)), yticklabels=list(shown), xlabel="mR on test (%)", title="test; dots are seeds")
+    bars.legend(handles=[plt.Rectangle((0, 0), 1, 1, color=f"C{i}", label=r) for i, r in enumerate(RANKINGS)])
+    bars.invert_yaxis()
+    curves.legend(fontsize=7)
+    bars.grid(axis="x", alpha=0.3)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
