@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -131,6 +132,17 @@ def test_a_store_that_fails_now_and_then(remote: str) -> None:
     names = [int(image.image_id.rsplit("_")[-1]) for image in found]
     for number, picture in zip(names, pixels, strict=True):
         np.testing.assert_array_equal(picture, np.asarray(scene(number)))
+
+
+def test_shards_on_s3_are_the_local_ones(bucket: str, tmp_path: Path) -> None:
+    pattern = write_shards(tmp_path)
+    for path in Path(pattern).parent.glob("*.tar"):
+        with fsspec.open(f"{bucket}/{path.name}", "wb") as file:
+            file.write(path.read_bytes())
+    found = read_shards(f"{bucket}/{Path(pattern).name}")
+    for mine, local in zip(found, read_shards(pattern), strict=True):
+        assert (mine.image_id, mine.captions) == (local.image_id, local.captions)
+        np.testing.assert_array_equal(np.asarray(load_image(mine)), np.asarray(load_image(local)))
 
 
 def test_with_a_cache_every_shard_is_fetched_once(remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
