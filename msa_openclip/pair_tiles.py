@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TILE_ROWS = 240
+TILE_ROWS = 480
 """Token rows of a tile; one text may have more, and few images get up to MOST_ROWS, so that tiles stay worth a call."""
 MOST_ROWS = 960
-TILE_LOGITS = 61_440
-"""Logits of a tile per head, i.e. 256 images at 240 rows: the two or three tiles in use stay in the cache."""
+TILE_LOGITS = 122_880
+"""Logits of a tile per head, i.e. 256 images at 480 rows: the two or three tiles in use stay in the cache."""
 LOG2_E = 1 / math.log(2)
 
 
