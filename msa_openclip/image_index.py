@@ -10,7 +10,7 @@ import json
 import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -86,11 +86,14 @@ class ImageIndex:
         self.segments = manifest.segments
         self.images = ImageRecords()
         """What is known of every image, read from disk when asked for."""
+        self.facts: list[NDArray[np.void]] = []
+        """Of each segment what filters look at: (n,) with `label`, `date`, `bounds` (west, south, east, north)."""
         self._features: list[NDArray[np.float16]] = []
         self._projected: list[NDArray[np.float16]] = []
         for segment in self.segments:
             path = root / segment.name
             self.images.append(path, segment.images)
+            self.facts.append(_mapped(path, "facts.npy", segment.images))
             self._features.append(_mapped(path, "features.npy", segment.images))
             if model.scorer.has_match:
                 self._projected.append(_mapped(path, "projected.npy", segment.images))
@@ -116,18 +119,18 @@ class ImageIndex:
     def _rows(self, parts: Sequence[NDArray[np.float16]], rows: Tensor) -> Tensor:
         wanted = rows.cpu().numpy()
         segment = np.searchsorted(self._ends, wanted, side="right")
-        result = np.empty((len(wanted), *parts[0].shape[1:]), dtype=np.float32)
+        result = np.empty((len(wanted), *parts[0].shape[1:]), dtype=np.float16)
         for number in np.unique(segment):
             here = segment == number
             result[here] = parts[number][wanted[here] - (self._ends[number] - len(parts[number]))]
-        return torch.from_numpy(result)
+        return torch.from_numpy(result).float()
 
 
-def _mapped(segment: Path, file: str, images: int) -> NDArray[np.float16]:
+def _mapped(segment: Path, file: str, images: int) -> NDArray[Any]:
     try:
-        values: NDArray[np.float16] = np.load(segment / file, mmap_mode="c")  # torch takes no read-only arrays
+        values: NDArray[Any] = np.load(segment / file, mmap_mode="c")  # torch takes no read-only arrays
     except (OSError, ValueError) as error:
         raise damaged(segment, f"{file}: {error}") from error
-    if len(values) != images or values.dtype != np.float16:
-        raise damaged(segment, f"{file}: {len(values)} rows of {values.dtype}, expected {images} of float16")
+    if len(values) != images:
+        raise damaged(segment, f"{file}: {len(values)} rows, expected {images}")
     return values

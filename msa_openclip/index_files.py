@@ -4,8 +4,9 @@
     INDEX/SEGMENT/features.npy      (n, E) float16, normalised global features
     INDEX/SEGMENT/projected.npy     (n, S, D) float16, MSCMAT's projected vectors m; absent without MSCMAT
     INDEX/SEGMENT/records.jsonl     a line per image: id, place, captions, class, geo, meta
+    INDEX/SEGMENT/facts.npy         (n,) class, date and bounds out of the records, for filters
 
-Bytes per image above the global vector: 2 S D.
+Bytes per image above the global vector: 2 S D, and what is known of it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,23 @@ def write_segment(
     np.save(temporary / "features.npy", features)
     if projected is not None:
         np.save(temporary / "projected.npy", projected)
+    rows = list(records)
     with open(temporary / "records.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    np.save(temporary / "facts.npy", _facts(rows))
     os.replace(temporary, root / name)
     return Segment(name, len(features))
+
+
+def _facts(rows: Sequence[Mapping[str, Any]]) -> NDArray[np.void]:
+    """What filters look at, a row each; empty texts and NaN where nothing is known."""
+    labels = [row["label"] or "" for row in rows]
+    dates = [str((row["about"].get("meta") or {}).get("date") or "") for row in rows]
+    bounds = [(row["about"].get("geo") or {}).get("bounds") or [np.nan] * 4 for row in rows]
+    width = {name: max([1, *map(len, texts)]) for name, texts in (("label", labels), ("date", dates))}
+    facts = np.zeros(len(rows), [*((name, f"U{size}") for name, size in width.items()), ("bounds", "f8", 4)])
+    facts["label"], facts["date"], facts["bounds"] = labels, dates, bounds
+    return facts
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:

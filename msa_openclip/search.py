@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -23,7 +25,7 @@ from .scoring import EncodedImages, EncodedTexts
 
 CANDIDATES = 256
 """K: how many of the nearest by global features are scored by MSCMAT."""
-_BLOCK = 65536
+_BLOCK = 2048
 
 
 class SearchError(ValueError):
@@ -43,20 +45,6 @@ class Hit:
     text: str | None = None
 
 
-class Facts(NamedTuple):
-    """What filters look at."""
-
-    label: str | None
-    bounds: Sequence[float] | None
-    date: str
-
-    @classmethod
-    def of(cls, image: CaptionedImage) -> Facts:
-        """The facts of one image."""
-        geo, meta = image.about.get("geo") or {}, image.about.get("meta") or {}
-        return cls(image.label, geo.get("bounds"), str(meta.get("date", "")))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Where:
     """Which images may be found; what is not given does not matter, and an image that lacks a given field is out."""
@@ -73,23 +61,21 @@ class Where:
         if self.box and not (self.box[0] <= self.box[2] and self.box[1] <= self.box[3]):
             raise SearchError(f"box {self.box}: expected west <= east and south <= north.")
 
-    def __call__(self, facts: Facts) -> bool:
-        """Whether the image may be found."""
-        if self.classes and facts.label not in self.classes:
-            return False
-        if self.box and not _overlaps(self.box, facts.bounds):
-            return False
-        if (self.since or self.until) and not facts.date:
-            return False
-        early = self.since is not None and facts.date < self.since
-        late = self.until is not None and facts.date[: len(self.until)] > self.until
-        return not (early or late)
-
-
-def _overlaps(box: Sequence[float], bounds: Sequence[float] | None) -> bool:
-    return bounds is not None and (
-        bounds[0] <= box[2] and bounds[2] >= box[0] and bounds[1] <= box[3] and bounds[3] >= box[1]
-    )
+    def __call__(self, facts: NDArray[np.void]) -> NDArray[np.bool_]:
+        """Which images may be found, (n,) of `ImageIndex.facts`."""
+        found = np.ones(len(facts), dtype=np.bool_)
+        if self.classes:
+            found &= np.isin(facts["label"], list(self.classes))
+        if self.box:
+            west, south, east, north = facts["bounds"].T  # NaN, where nothing is known, compares as false
+            found &= (west <= self.box[2]) & (east >= self.box[0]) & (south <= self.box[3]) & (north >= self.box[1])
+        if self.since or self.until:
+            found &= facts["date"] != ""
+        if self.since:
+            found &= facts["date"] >= self.since
+        if self.until:
+            found &= facts["date"].astype(f"U{len(self.until)}") <= self.until
+        return found
 
 
 Nearest = Callable[[Tensor, int], tuple[Tensor, Tensor]]
@@ -111,7 +97,6 @@ class Searcher:
         self.index, self.scorer, self.candidates = index, index.model.scorer, candidates
         self._nearest = nearest
         self._texts: tuple[tuple[str, ...], Tensor] | None = None
-        self._facts: list[Facts] = []
 
     def by_text(self, queries: Sequence[str], k: int = 10, where: Where | None = None) -> list[list[Hit]]:
         """The k best images for each of many texts, in fused order.
@@ -174,9 +159,8 @@ class Searcher:
         return scan(self.index, queries, k)
 
     def _rows_where(self, where: Where) -> Tensor:
-        """The rows of the images that may be found; the first filter reads all records, later ones their facts."""
-        self._facts = self._facts or [Facts.of(image) for image in self.index.images]
-        return torch.tensor([row for row, facts in enumerate(self._facts) if where(facts)], dtype=torch.long)
+        """The rows of the images that may be found."""
+        return torch.from_numpy(np.flatnonzero(np.concatenate([where(facts) for facts in self.index.facts])))
 
     def _scan_rows(self, queries: Tensor, k: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         """As `scan`, of some rows."""

@@ -140,6 +140,7 @@ def test_image_to_text_is_the_fused_ranking(
         (Where(box=(2.5, 1.5, 4.5, 9)), set()),
         (Where(since="2018-06-30"), {8, 9, 10}),
         (Where(since="2012-07", until="2014"), {3, 4}),
+        (Where(until="2011-06-30"), {0, 1}),
         (Where(classes=frozenset({"land"}), since="2016", until="2019-06-30"), {7, 9}),
     ],
 )
@@ -147,6 +148,21 @@ def test_filters(searcher: Searcher, images: list[CaptionedImage], where: Where,
     wanted = {images[number].image_id for number in expected}
     for found in (searcher.by_text(QUERIES[:1], 11, where), searcher.by_image([scene(3)], 11, where)):
         assert {hit.image.image_id for hit in found[0]} == wanted
+
+
+def test_what_is_not_known_is_filtered_out(model: LoadedModel, images: list[CaptionedImage], tmp_path: Path) -> None:
+    some = [replace(images[0], label=None, about={}), replace(images[1], about={"geo": {}, "meta": None}), images[3]]
+    build_index(model, some, str(tmp_path / "x"), segment_images=2)
+    searcher = Searcher(ImageIndex(str(tmp_path / "x"), model))
+    for where, expected in [
+        (Where(classes=frozenset({"land"})), {1, 2}),
+        (Where(box=(-180, -90, 180, 90)), {2}),
+        (Where(since="0"), {2}),
+        (Where(until="9"), {2}),
+        (Where(), {0, 1, 2}),
+    ]:
+        (hits,) = searcher.by_text(QUERIES[:1], 11, where)
+        assert {hit.image.image_id for hit in hits} == {some[number].image_id for number in expected}
 
 
 def test_bytes_per_image(built: str, model: LoadedModel) -> None:
@@ -212,7 +228,7 @@ def test_another_model_is_refused(built: str, model: LoadedModel, images: list[C
             use()
 
 
-@pytest.mark.parametrize("file", ["features.npy", "projected.npy", "records.jsonl", "index.json"])
+@pytest.mark.parametrize("file", ["features.npy", "projected.npy", "records.jsonl", "facts.npy", "index.json"])
 @pytest.mark.parametrize("how", ["cut", "gone"])
 def test_damage_is_named(file: str, how: str, model: LoadedModel, images: list[CaptionedImage], tmp_path: Path) -> None:
     folder = tmp_path / "x"
