@@ -16,6 +16,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +41,33 @@ MSA = MSACfg.from_dict({"image_scales": [{"stage": stage} for stage in (1, 2, 3,
 Work = Callable[[], object]
 
 
-def loss_steps(batch: int, ranks: dict[str, Any]) -> dict[str, Work]:
-    """Both losses, forwards and backwards, on this rank's part of the batch."""
-    images, texts = random_sides(batch, batch, ragged=True, requires_grad=True)
-    sides = dict(zip(IMAGE_SIDE_KEYS + TEXT_SIDE_KEYS, [*images, *texts], strict=True))
-    image_features, text_features = (torch.randn(batch, FEATURES, requires_grad=True) for _ in range(2))
+def loss_step(loss_of: Callable[..., torch.nn.Module], batch: int, *, with_sides: bool, **ranks: int) -> Work:
+    """A loss, forwards and backwards, on this rank's part of the batch."""
+    loss = loss_of(local_loss=True, gather_with_grad=True, **ranks)
+    leaves = [torch.randn(batch, FEATURES, requires_grad=True) for _ in range(2)]
+    sides: dict[str, Tensor] = {}
+    if with_sides:
+        images, texts = random_sides(batch, batch, ragged=True, requires_grad=True)
+        sides = dict(zip(IMAGE_SIDE_KEYS + TEXT_SIDE_KEYS, [*images, *texts], strict=True))
+    inputs = [*leaves, *(side for side in sides.values() if side.requires_grad)]
 
-    def step(loss: torch.nn.Module, inputs: dict[str, Tensor]) -> None:
-        features = [F.normalize(side, dim=-1) for side in (image_features, text_features)]
-        total = loss(*features, torch.tensor(100.0), **inputs)
-        torch.autograd.grad(total, [image_features, text_features, *(x for x in inputs.values() if x.requires_grad)])
+    def step() -> None:
+        features = [F.normalize(side, dim=-1) for side in leaves]
+        torch.autograd.grad(loss(*features, torch.tensor(100.0), **sides), inputs)
 
-    return {
-        "ClipLoss": lambda: step(ClipLoss(local_loss=True, gather_with_grad=True, **ranks), {}),
-        "MSALoss": lambda: step(MSALoss(MSA, local_loss=True, gather_with_grad=True, **ranks), sides),
-    }
+    return step
+
+
+def model_step(name: str, batch: int, **ranks: int) -> Work:
+    """A whole step of a model on this rank's part of the batch."""
+    return training_step(name, argparse.Namespace(batch=batch, device="cpu", amp=False), **ranks)
+
+
+LOSSES = {
+    "ClipLoss": partial(loss_step, ClipLoss, with_sides=False),
+    "MSALoss": partial(loss_step, partial(MSALoss, MSA), with_sides=True),
+}
+MODELS = {name: partial(model_step, name) for name in ("ViT-B-32", "MSA-ViT-B")}
 
 
 def run_rank(rank: int, world_size: int, options: argparse.Namespace, folder: str) -> None:
@@ -62,19 +75,15 @@ def run_rank(rank: int, world_size: int, options: argparse.Namespace, folder: st
     dist.init_process_group("gloo", f"file://{folder}/rendezvous-{world_size}", rank=rank, world_size=world_size)
     ranks = {"rank": rank, "world_size": world_size}
     batch = options.batch // world_size
-    if options.what == "loss":
-        steps = loss_steps(batch, ranks)
-    else:
-        part = argparse.Namespace(batch=batch, device="cpu", amp=False)
-        steps = {name: training_step(name, part, **ranks) for name in ("ViT-B-32", "MSA-ViT-B")}
-    times = medians(dict(steps), options.repeats, synchronize=dist.barrier)
-    sent = {}
-    for name, step in steps.items():
-        with counted() as sent[name]:
+    rows: dict[str, Any] = {}
+    for name, build in (LOSSES if options.what == "loss" else MODELS).items():
+        step = build(batch, **ranks)
+        seconds = medians({name: step}, options.repeats, synchronize=dist.barrier)[name]
+        with counted() as sent:
             step()
+        rows[name] = {"pairs_per_second": options.batch / seconds, "seconds": seconds, "sent": sent}
+        del step  # one model at a time: they are large
     if rank == 0:
-        rows = {name: {"pairs_per_second": options.batch / times[name], "seconds": times[name], "sent": sent[name]}
-                for name in steps}  # fmt: skip
         Path(folder, f"{world_size}.json").write_text(json.dumps(rows), encoding="utf-8")
     dist.destroy_process_group()
 
