@@ -6,6 +6,7 @@ A model whose configuration has the key `msa_cfg` is ours; for every other model
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -255,7 +256,10 @@ def _keeping_tokenizer(original: Callable[..., Any], hf_tokenizer: type) -> Call
 
 
 def _as_built(config: dict[str, Any], model: Any, tokenizer: Any) -> dict[str, Any]:
-    """`config` with the geometry and activation that the model was built with (`--force-*` change them)."""
+    """`config` with the geometry and activation that the model was built with (`--force-*` change them).
+
+    `msa_cfg` is written out: a later version with other defaults must not read it as another model.
+    """
     text_cfg, vision_cfg = dict(config["text_cfg"]), dict(config["vision_cfg"])
     # Towers of Hugging Face do not know how long the texts are.
     length = getattr(model.text if hasattr(model.text, "token_embedding") else tokenizer, "context_length", None)
@@ -264,7 +268,8 @@ def _as_built(config: dict[str, Any], model: Any, tokenizer: Any) -> dict[str, A
     size = model.visual.image_size
     vision_cfg["image_size"] = size[0] if isinstance(size, (tuple, list)) and len(set(size)) == 1 else size
     quick_gelu = any(type(module).__name__ == "QuickGELU" for module in model.modules())
-    built = {"custom_text": True, "text_cfg": text_cfg, "vision_cfg": vision_cfg}
+    msa_cfg = dataclasses.asdict(model.msa_cfg)
+    built = {"custom_text": True, "text_cfg": text_cfg, "vision_cfg": vision_cfg, "msa_cfg": msa_cfg}
     return {**config, **built, **({"quick_gelu": True} if quick_gelu else {})}
 
 

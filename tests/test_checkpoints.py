@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import logging
@@ -18,6 +19,8 @@ import tiny
 import torch
 from PIL import Image
 from torch import Tensor, nn
+
+from msa_openclip.config import MSACfg
 
 hub: Any = importlib.import_module("open_clip.push_to_hf_hub")  # in open_clip itself the name is a function
 
@@ -151,7 +154,8 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(tmp_path: Path) -> No
 
 def test_a_model_without_a_head_takes_plain_clip_as_its_own(tmp_path: Path) -> None:
     base = create("tiny-ViT", 0)
-    plain = {"image_scales": [{"stage": 3}], "fusion": "tower", "loss": {"fused_weight": 0, "match_weight": 0, "consistency_weight": 0}}
+    no_match = {"fused_weight": 0, "match_weight": 0, "consistency_weight": 0}
+    plain = {"image_scales": [{"stage": 3}], "fusion": "tower", "loss": no_match}
     model = create("tiny-ViT", 1, msa_cfg=plain, pretrained=str(save_pt(base.state_dict(), tmp_path / "base")))
     assert torch.equal(model.encode_image(tiny.images(model)), base.encode_image(tiny.images(model)))
 
@@ -251,6 +255,14 @@ def test_other_models_are_saved_as_ever(pushed: Path, monkeypatch: pytest.Monkey
         push(model, "tiny-ViT", pushed)
 
 
+def test_a_folder_does_not_depend_on_the_defaults_of_the_version_that_reads_it(tmp_path: Path) -> None:
+    folder = save(create("MSA-tiny-ViT", 0), "MSA-tiny-ViT", tmp_path / "folder")
+    saved = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]["msa_cfg"]
+    assert set(saved) == {field.name for field in dataclasses.fields(MSACfg)}
+    for part in ("text_tokens", "score", "loss", "ranking"):
+        assert set(saved[part]) == {f.name for f in dataclasses.fields(getattr(MSACfg.from_dict(saved), part))}
+
+
 def test_a_folder_trains_on_with_its_own_loss(tmp_path: Path) -> None:
     model = scrambled(create("MSA-tiny-BERT", 0), 1)
     folder = save(model, "MSA-tiny-BERT", tmp_path / "folder")
@@ -265,5 +277,5 @@ def test_pretrained_pushes_name_their_own_configuration(pushed: Path, tmp_path: 
     checkpoint = save_pt(model.state_dict(), tmp_path / "model")
     hub.push_pretrained_to_hf_hub("MSA-tiny-ViT", str(checkpoint), "someone/model")
     saved = json.loads((pushed / "open_clip_config.json").read_text(encoding="utf-8"))
-    assert saved["model_cfg"]["msa_cfg"] == tiny.config("ViT", msa={})["msa_cfg"]
+    assert MSACfg.from_dict(saved["model_cfg"]["msa_cfg"]) == model.msa_cfg
     assert_same(outputs(create(f"local-dir:{pushed}", 2)), outputs(model))
