@@ -31,7 +31,7 @@ def main() -> None:
     run(CLI, "eval", f"{MODEL}=untrained", *evaluation, "--json", out / "before.json")
     run(
         TRAIN, "--model", MODEL, "--device", "cpu",
-        "--precision", "fp32",  # amp, open_clip's default, is some ten times slower on most CPUs
+        "--precision", "fp32",  # amp, open_clip's default, is far slower on CPUs without bfloat16 units
         "--train-data", shard_pattern(shards, "train"), "--val-data", shard_pattern(shards, "val"),
         "--dataset-type", "webdataset",
         "--epochs", options.epochs, "--batch-size", 64, "--workers", 1, "--lr", options.lr, "--warmup", 30,
