@@ -33,6 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> EvalSet:
 @pytest.fixture(scope="module")
 def model(tiny_configs: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     path = tmp_path_factory.mktemp("weights") / "msa.pt"
+    torch.manual_seed(3)  # with these weights four images are found first
     torch.save(randomise(open_clip.create_model("MSA-tiny-ViT"), seed=3).state_dict(), path)
     loaded = load(f"MSA-tiny-ViT={path}")
     loaded.scorer.model.requires_grad_(False)
@@ -78,7 +79,7 @@ def test_surest_win_by_the_widest_margins(examples: Examples, data: EvalSet, fus
             best = fused[:, data.texts.index(caption)].topk(2)
             if best.indices[0] == number:
                 margins.setdefault(image.image_id, []).append(float(best.values[0] - best.values[1]))
-    assert len(margins) >= 2, "too few right answers to choose from"
+    assert len(margins) == 4, "too few right answers to choose from"
     chosen = [example.image.image_id for example in examples.surest]
     firsts = {name: values[0] for name, values in margins.items()}  # one caption an image is tried, its first
     assert chosen == sorted(firsts, key=firsts.get, reverse=True)[:4]
