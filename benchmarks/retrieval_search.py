@@ -98,6 +98,8 @@ def ask(model: LoadedModel, records: int, candidates: int, queries: int, kind: s
     texts = [f"{QUERIES[number % 2]} {number}" for number in range(queries + WARM_UP)]
     whole = timings(texts, lambda text: searcher.by_text([text], k=10))
     tower = timings(texts, lambda text: scorer.texts(model.tokenizer([text])))
+    with torch.inference_mode():
+        padded = timings(texts, lambda text: scorer.model.text_side(model.tokenizer([text])))
     features = torch.cat([scorer.texts(model.tokenizer([text])).feature for text in texts])
     near = timings(features.split(1), lambda feature: find(feature, candidates))
     exact, found = scan(index, features, 10)[1], find(features, candidates)[1]
@@ -111,6 +113,7 @@ def ask(model: LoadedModel, records: int, candidates: int, queries: int, kind: s
         "open_s": round(opened, 2),
         "query_ms": whole,
         "text_tower_ms": tower,
+        "text_tower_with_padding_ms": padded,
         "nearest_ms": near,
         "search_without_tower_p50_ms": round(whole["p50"] - tower["p50"], 2),
         "exact_top_10_among_candidates": round(float(among), 4),
