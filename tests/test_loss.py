@@ -242,9 +242,7 @@ def test_identical_captions_are_positives_by_token_ids() -> None:
     output = small_output()
     ids = torch.tensor([[1, 2, 3], [4, 5, 6], [1, 2, 3], [1, 2, 4], [4, 5, 6]])
     loss = MSALoss(MSACfg.from_dict(SMALL))
-    per_image, per_text = loss._blocks(
-        output["image_features"], output["text_features"], *loss._sides(output), ids
-    )
+    per_image, per_text = loss._blocks(output["image_features"], output["text_features"], *loss._sides(output), ids)
     expected = torch.tensor([[a.equal(b) for b in ids] for a in ids])
     assert per_image.positive.equal(expected)
     assert per_text.positive.equal(expected)
