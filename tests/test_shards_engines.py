@@ -69,7 +69,7 @@ def test_an_interrupted_build_removes_its_half_written_files(tmp_path: Path) -> 
     source = karpathy(tmp_path / "in", {"train": 400}, suffix="tif")
     images = str(source.parent / "images")
     arguments = [str(source), str(tmp_path / "out"), "--images", images, "--shards", "2", "--workers", "2"]
-    slow = ["--resize-px", "200", "--resize-mode", "squash", "--quiet"]
+    slow = ["--resize-px", "800", "--resize-mode", "squash", "--quiet"]
     command = [sys.executable, "-m", "msa_openclip.shards", "build", *arguments, *slow]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
