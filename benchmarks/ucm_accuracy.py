@@ -276,7 +276,8 @@ def draw(by_variant: dict[str, list[dict[str, Any]]], path: Path) -> None:
                 bars.barh(height, statistics.fmean(values), 0.25, color=f"C{offset}")
                 bars.plot(values, [height] * len(values), "k.", markersize=3)
     bars.set(yticks=range(len(shown)), yticklabels=list(shown), xlabel="mR on test (%)", title="test; dots are seeds")
-    bars.legend(handles=[plt.Rectangle((0, 0), 1, 1, color=f"C{i}", label=r) for i, r in enumerate(RANKINGS)])
+    keys = [plt.Rectangle((0, 0), 1, 1, color=f"C{i}", label=r) for i, r in enumerate(RANKINGS)]
+    figure.legend(handles=keys, loc="outside lower right", ncols=3)
     bars.invert_yaxis()
     curves.legend(fontsize=7)
     bars.grid(axis="x", alpha=0.3)
