@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from msa_openclip.run_selection import best_epoch
+from msa_openclip.steps import CLI, TRAIN, StepError, shard_pattern, typed
 
 TOWERS: dict[str, Any] = {
     "embed_dim": 192,
@@ -107,7 +108,7 @@ class Study:
         if not (self.shards / "manifest.json").exists():
             source = (ucm / "dataset_ucm.json", self.shards, "--images", ucm / "images")
             small = ("--resize-px", 128, "--resize-mode", "squash", "--quiet")
-            self.command("msa_openclip.cli", "shards", "build", *source, *small)
+            self.command(CLI, "shards", "build", *source, *small)
         self.configs.mkdir(parents=True, exist_ok=True)
         for name, changes in VARIANTS.items():
             msa = {} if changes is None else {"msa_cfg": {"image_scales": scales(1, 2, 3, 4), "heads": 3} | changes}
@@ -128,8 +129,8 @@ class Study:
                 self.train(run)
             best = best_epoch(str(folder), run.metric)
             test = folder / "test.json"
-            data = ("--shards", self.pattern("test"), "--workers", 0)
-            self.command("msa_openclip.cli", "best", folder, "--metric", run.metric, *data, "--json", test)
+            data = ("--shards", shard_pattern(self.shards, "test"), "--workers", 0)
+            self.command(CLI, "best", folder, "--metric", run.metric, *data, "--json", test)
             epochs = [json.loads(line) for line in (folder / "checkpoints" / "results.jsonl").read_text().splitlines()]
             tested = json.loads(test.read_text())["mean_sd"]
             row = {
@@ -150,8 +151,9 @@ class Study:
             raise RuntimeError(f"{folder} holds an unfinished run; remove it and call this again.")
         options = self.options
         self.command(
-            "open_clip_train.main", "--model", run.model, "--device", "cpu", "--precision", options.precision,
-            "--train-data", self.pattern("train"), "--val-data", self.pattern("val"), "--dataset-type", "webdataset",
+            TRAIN, "--model", run.model, "--device", "cpu", "--precision", options.precision,
+            "--train-data", shard_pattern(self.shards, "train"), "--val-data", shard_pattern(self.shards, "val"),
+            "--dataset-type", "webdataset",
             "--aug-cfg", "dihedral=True", "scale=(0.9,1.0)", "--workers", 1, "--batch-size", 64,
             "--epochs", options.epochs, "--lr", run.lr, "--warmup", 30, "--seed", run.seed,
             "--save-frequency", 2, "--val-frequency", 2, "--log-every-n-steps", 13,
@@ -159,15 +161,10 @@ class Study:
             log=self.logs / f"{run.name}.log",
         )  # fmt: skip
 
-    def pattern(self, split: str) -> str:
-        """Brace pattern of a split's shards."""
-        last = sorted(self.shards.glob(f"{split}-*.tar"))[-1].stem.removeprefix(f"{split}-")
-        return f"{self.shards}/{split}-{{{'0' * len(last)}..{last}}}.tar"
-
     def command(self, module: str, *arguments: object, log: Path | None = None) -> None:
         """Print and run `python -m module arguments` on one thread; plain CLIP reads and is evaluated as MSA is."""
-        words = [str(argument) for argument in arguments]
-        print(f"$ python -m {module} {shlex.join(words)}", flush=True)
+        line = typed(module, *arguments)
+        print(f"$ {line}", flush=True)
         environment = os.environ | {
             "MSA_OPENCLIP_CONFIGS": str(self.configs),
             "MSA_OPENCLIP_LOADER": "all",
@@ -178,9 +175,10 @@ class Study:
         log = log or self.logs / "commands.log"
         with log.open("a") as output:
             streams = {"stdout": output, "stderr": subprocess.STDOUT}
+            words = map(str, arguments)
             done = subprocess.run([sys.executable, "-m", module, *words], env=environment, check=False, **streams)
         if done.returncode:
-            raise RuntimeError(f"{module} ended with code {done.returncode}; see {log}.")
+            raise StepError(f"ended with code {done.returncode}: {line}; see {log}.")
 
 
 def main() -> None:
