@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from machine import cpu_name
 from torch import Tensor
 
 from msa_openclip.pair_scores import ImageSide, TextSide
@@ -74,11 +73,9 @@ def medians(works: dict[str, Callable[[], object]], repeats: int, **timing: Any)
 
 def record() -> dict[str, Any]:
     """Machine, versions, command and how busy the machine was when the run began."""
-    information = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.+)", information.read_text()) if information.exists() else []
     return {
         "command": " ".join(["python", *sys.argv]),
-        "cpu": models[0] if models else platform.processor(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average_1_min": round(os.getloadavg()[0], 2),

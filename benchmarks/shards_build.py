@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import webdataset
+from machine import cpu_name
 
 from msa_openclip.shards import BuildOptions, build
 from msa_openclip.shards.scenes import scene
@@ -180,13 +181,6 @@ def main() -> None:
         result["versions"]["img2dataset"] = done.stdout.strip()
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 if __name__ == "__main__":

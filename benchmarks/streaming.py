@@ -27,6 +27,7 @@ import fsspec
 import open_clip
 import open_clip_train.data
 import torch
+from machine import cpu_name
 from open_clip_train.params import parse_args
 
 from msa_openclip import streams
@@ -149,13 +150,6 @@ def one_number(_: Any) -> torch.Tensor:
 
 def no_tokens(captions: list[str]) -> torch.Tensor:
     return torch.zeros(len(captions), 1)
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 if __name__ == "__main__":
