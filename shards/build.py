@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Generator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,18 +110,29 @@ def build(
     return BuildSummary(out, content["splits"], content["rejected"], seconds, resumed, advice=advice)
 
 
-def _collect(results: Any, done: dict[str, ShardResult], folder: BuildFolder, plan: Plan, *, progress: bool) -> None:
+def _collect(
+    results: Generator[ShardResult, None, None],
+    done: dict[str, ShardResult],
+    folder: BuildFolder,
+    plan: Plan,
+    *,
+    progress: bool,
+) -> None:
     """Take results as they come; each is noted down at once, so that a killed build can go on behind it."""
     total = sum(plan.size(split) for split in SPLITS)
     before = sum(result.samples + len(result.rejections) for result in done.values())
     with tqdm(total=total, initial=before, desc="writing", unit=" samples", disable=not progress) as bar:
         try:
-            for result in results:
-                folder.note(result)
-                done[result.file] = result
-                bar.update(result.samples + len(result.rejections))
-        except DiskFull as error:
-            folder.disk_full(done, str(error))
+            with closing(results):  # ends the jobs in flight, whatever was raised
+                for result in results:
+                    folder.note(result)
+                    done[result.file] = result
+                    bar.update(result.samples + len(result.rejections))
+        except BaseException as error:
+            with suppress(OSError):  # what was raised first says more
+                folder.remove_half_written()
+            if isinstance(error, DiskFull):
+                folder.disk_full(done, str(error))
             raise
 
 

@@ -101,6 +101,12 @@ class BuildFolder:
         with suppress(OSError):
             manifest.write_rejections(self.url, [*self.rejections(done), Rejection(self.url, "disk full", detail)])
 
+    def remove_half_written(self) -> None:
+        """Remove what killed workers left; those that could clean up behind themselves left nothing."""
+        for name in store.listing(self.url):
+            if name.endswith(store.TEMPORARY):
+                store.remove(store.join(self.url, name))
+
     def rejections(self, done: dict[str, ShardResult]) -> list[Rejection]:
         """All problems so far, in the order of the plan."""
         results = [done[shard.file] for shard in self._plan.shards if shard.file in done]
@@ -114,10 +120,8 @@ class BuildFolder:
         store.remove_folder(self._state)
 
     def _so_far(self) -> dict[str, ShardResult]:
+        self.remove_half_written()
         there = set(store.listing(self.url))
-        for name in there:
-            if name.endswith(store.TEMPORARY):
-                store.remove(store.join(self.url, name))
         found = {}
         for shard in self._plan.shards:
             if shard.file in there and f"{STATE}/{shard.file}.json" in there:

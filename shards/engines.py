@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from queue import SimpleQueue
+from threading import Event
 from typing import Any
 
+from . import stopping
 from .records import ShardError
 from .worker import Job, Result, Worker
 
 ENGINES = ("auto", "process", "thread", "ray")
+_RAY_PATIENCE_S = 30.0  # for cancelled jobs to clean up behind themselves
 
 
 def run(
     work: Callable[[Job], Result], jobs: Iterator[Job], engine: str, workers: int, *, in_memory: bool
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Results of `work` as they are finished; never more than two jobs a worker are made ahead.
+
+    Closed before its end (or interrupted), it cancels what waits, stops the jobs in flight in the middle, and returns
+    when they have cleaned up behind themselves.
 
     Args:
         in_memory: source or target is memory://, which other processes cannot see; auto then takes threads.
@@ -34,7 +41,8 @@ def run(
     elif workers == 1:
         yield from map(work, jobs)
     elif engine == "thread" or in_memory:
-        yield from _run_in_threads(work, jobs, workers)
+        stop = Event()
+        yield from _run_in_threads(partial(stopping.call_until, stop, work), jobs, workers, stop.set)
     else:
         yield from _run_in_processes(work, jobs, workers)
 
@@ -55,13 +63,15 @@ def _run_in_processes(work: Callable[[Job], Result], jobs: Iterator[Job], worker
 
     def stop() -> None:
         for worker in started:
-            worker.stop()
+            worker.terminate()
+        for worker in started:
+            worker.close()
 
     yield from _run_in_threads(hand_over, jobs, workers, stop)
 
 
 def _run_in_threads(
-    work: Callable[[Job], Result], jobs: Iterator[Job], workers: int, stop: Callable[[], None] = lambda: None
+    work: Callable[[Job], Result], jobs: Iterator[Job], workers: int, stop: Callable[[], None]
 ) -> Iterator[Result]:
     pool = ThreadPoolExecutor(workers)
     pending: set[Future[Result]] = set()
@@ -74,8 +84,9 @@ def _run_in_threads(
             for future in done:
                 yield future.result()
     finally:
+        pool.shutdown(wait=False, cancel_futures=True)
         stop()
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown()
 
 
 def _run_on_ray(work: Callable[[Job], Result], jobs: Iterator[Job], workers: int) -> Iterator[Result]:
@@ -88,9 +99,15 @@ def _run_on_ray(work: Callable[[Job], Result], jobs: Iterator[Job], workers: int
         ray.init(log_to_driver=False, **({} if "RAY_ADDRESS" in os.environ else own))
     remote: Any = ray.remote(num_cpus=1)(work)
     pending: list[Any] = []
-    while True:
-        pending += [remote.remote(job) for job in itertools.islice(jobs, 2 * workers - len(pending))]
-        if not pending:
-            return
-        done, pending = ray.wait(pending)
-        yield from ray.get(done)
+    try:
+        while True:
+            pending += [remote.remote(job) for job in itertools.islice(jobs, 2 * workers - len(pending))]
+            if not pending:
+                return
+            done, pending = ray.wait(pending)
+            yield from ray.get(done)
+    finally:
+        for job in pending:
+            ray.cancel(job)  # raises KeyboardInterrupt in it
+        if pending:
+            ray.wait(pending, num_returns=len(pending), timeout=_RAY_PATIENCE_S)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from . import geotiff, store
+from . import geotiff, stopping, store
 from .images import Ready, prepare
 from .options import ImageOptions
 from .plan import Sample
@@ -82,6 +82,7 @@ def write_shard(job: ShardJob) -> ShardResult:
         with store.atomic_write(url) as file:
             sink = TarSink(file)
             for sample, data in zip(job.samples, _contents(job), strict=True):
+                stopping.check()
                 record = sample.record
                 try:
                     image, geo = _prepared(sample, data, job.image)

@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
-from . import engines, manifest, store
+from . import engines, manifest, stopping, store
 from .tars import SUM_BYTES, BlockSums, members, samples
 
 _CRC_TABLE = [zlib.crc32(bytes([0, byte])) ^ zlib.crc32(bytes([0, 0])) for byte in range(256)]
@@ -96,6 +96,7 @@ def _check_shard(folder: str, decode: bool, row: dict[str, Any]) -> list[Problem
     digest, sums, length = hashlib.sha256(), BlockSums(), 0
     with store.open_read(url) as file:
         while data := file.read(SUM_BYTES):
+            stopping.check()
             digest.update(data)
             sums.add(data[: max(0, row["size_bytes"] - length)])
             length += len(data)
@@ -171,6 +172,7 @@ def _decode_all(file: IO[bytes], name: str) -> Iterator[Problem]:
     file.seek(0)
     groups = list(samples(file))
     for key, group in groups:
+        stopping.check()
         parts = {member.extension: member for member in group}
         image = next((parts[suffix] for suffix in ("jpg", "png", "webp") if suffix in parts), None)
         if image is None or not {"txt", "json"} <= set(parts):

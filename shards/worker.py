@@ -12,12 +12,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from threading import Event
 from typing import Any, TypeVar
 
+from . import stopping
 from .records import ShardError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+_PATIENCE_S = 10.0  # for a job in one long call, which does not see that it is to end
 
 
 class Worker:
@@ -25,7 +30,9 @@ class Worker:
 
     def __init__(self) -> None:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-        command = [sys.executable, "-c", f"from {__package__}.worker import main; main()"]
+        # Ctrl-C reaches the whole process group; the caller decides what it means, from the first import on.
+        ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+        command = [sys.executable, "-c", f"{ignore}; from {__package__}.worker import main; main()"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
     def call(self, work: Callable[[Job], Result], job: Job) -> Result:
@@ -51,19 +58,33 @@ class Worker:
         result: Result = value
         return result
 
-    def stop(self) -> None:
-        """End the process, in the middle of a job if need be."""
+    def terminate(self) -> None:
+        """Tell the process to end, in the middle of a job if need be."""
         self._process.terminate()
-        self._process.wait()
+
+    def close(self) -> None:
+        """Wait until it has; one that is deaf is killed."""
+        try:
+            self._process.wait(_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
-            if pipe:
-                pipe.close()
+            with suppress(BrokenPipeError):  # half a job may be left in the buffer
+                if pipe:
+                    pipe.close()
 
 
 def main() -> None:
     """The loop of the worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller decides what an interrupt means
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit that lets a half-written file be removed
+    stop = Event()
+
+    def end(*_: object) -> None:
+        """An exit that lets a half-written file be removed; the event, where a library swallows the exception."""
+        stop.set()
+        raise stopping.Stopped(143)
+
+    signal.signal(signal.SIGTERM, end)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not get between the answers
     while True:
@@ -72,15 +93,15 @@ def main() -> None:
         except EOFError:
             return
         try:
-            answers.write(_answer(work, job))
+            answers.write(_answer(stop, work, job))
             answers.flush()
         except BrokenPipeError:  # the caller was killed
             os._exit(1)
 
 
-def _answer(work: Callable[[Any], Any], job: Any) -> bytes:
+def _answer(stop: Event, work: Callable[[Any], Any], job: Any) -> bytes:
     try:
-        return pickle.dumps((True, work(job)))
+        return pickle.dumps((True, stopping.call_until(stop, work, job)))
     except Exception as error:
         try:
             return pickle.dumps((False, error))
