@@ -43,9 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="msa-openclip classify", description="Zero-shot scene classification.")
-    parser.add_argument(
-        "models", nargs="+", metavar="MODEL", help="NAME=CHECKPOINT, NAME=TAG, hf-hub:..., local-dir:..."
-    )
+    eval_options.add_models(parser)
     parser.add_argument("--folder", help="folder of class folders of images")
     eval_options.add_data(parser)
     eval_options.add_running(parser)

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import eval_options
 from .demo import page
 from .image_index import ImageIndex
 from .index_files import read_manifest
@@ -30,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("index", metavar="INDEX", help="folder of the index")
     parser.add_argument("--model", help="NAME=CHECKPOINT, if the weights of the index have moved")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+    eval_options.add_device(parser)
     parser.add_argument("--host", default="127.0.0.1", help="whom to serve, 0.0.0.0: all (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
     return parser

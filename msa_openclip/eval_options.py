@@ -35,13 +35,23 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     """--device, --precision and what bounds time and memory."""
     defaults = EvalOptions()
     group = parser.add_argument_group("running")
-    group.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
-    group.add_argument("--precision", default="fp32", help="of the towers, as for open_clip_train (%(default)s)")
+    add_loading(group)
     group.add_argument("--batch-size", type=int, default=defaults.batch_size, help="default: %(default)s")
     group.add_argument("--workers", type=int, default=defaults.workers, help="image decoders (default: %(default)s)")
     group.add_argument(
         "--memory-mb", type=int, default=defaults.memory_mb, help="bound on sides and scores (%(default)s)"
     )
+
+
+def add_loading(group: argparse._ActionsContainer) -> None:
+    """--device and --precision, as `loading.load` takes them."""
+    add_device(group)
+    group.add_argument("--precision", default="fp32", help="of the towers, as for open_clip_train (%(default)s)")
+
+
+def add_device(group: argparse._ActionsContainer) -> None:
+    """--device alone."""
+    group.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
 
 
 def read_images(parsed: argparse.Namespace) -> tuple[list[CaptionedImage], str]:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from . import eval_options
 from .eval_data import CaptionedImage
 from .explain import Explanation, explain
 from .explanation_figure import figure, view
@@ -51,5 +52,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("text", metavar="TEXT", help="what it is to be compared with")
     parser.add_argument("--figure", metavar="FILE", help="draw it (.png, .svg, .pdf; needs matplotlib)")
     parser.add_argument("--json", metavar="FILE", help="write it as data")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+    eval_options.add_device(parser)
     return parser

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 
+from . import eval_options
 from .eval_data import EvalDataError
 from .eval_readers import read_folder, read_shards
 from .evaluation import Peers
@@ -52,8 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shards", help="WebDataset shards, e.g. 'data/train-{000..063}.tar'")
     parser.add_argument("--folder", help="folder of images, also TIFF")
     parser.add_argument("--nearest", choices=KINDS, default="auto", help="global search (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
-    parser.add_argument("--precision", default="fp32", help="as for open_clip_train (default: %(default)s)")
+    eval_options.add_loading(parser)
     parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--workers", type=int, default=0, help="image decoders (default: %(default)s)")
     parser.add_argument("--segment-images", type=int, default=4096, help="unit of resuming (default: %(default)s)")

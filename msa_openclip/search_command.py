@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from . import eval_options
 from .eval_data import CaptionedImage
 from .image_index import ImageIndex
 from .index_files import read_manifest
@@ -84,8 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--candidates", type=int, default=CANDIDATES, help="scored by MSCMAT (default: %(default)s)")
     parser.add_argument("--nearest", choices=KINDS, default="auto", help="global search (default: %(default)s)")
     parser.add_argument("--model", help="NAME=CHECKPOINT, if the weights of the index have moved")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
-    parser.add_argument("--precision", default="fp32", help="as for open_clip_train (default: %(default)s)")
+    eval_options.add_loading(parser)
     group = parser.add_argument_group("filters")
     group.add_argument("--classes", nargs="+", default=[], help="only images of these classes")
     group.add_argument("--box", help="only images that overlap WEST,SOUTH,EAST,NORTH (write --box=-10,...)")
