@@ -1,7 +1,7 @@
 """Build an index of images: global vectors, MSCMAT's vectors m in half precision, what is known of each.
 
-A segment's name is a hash of the images in it: a build that was interrupted finds its segments again, and ranks of one
-build share segments by number alone.  The files are those of `index_files`.
+A segment's name is a hash of its images and the format: a build that was interrupted finds its segments again, and
+ranks of one build share segments by number alone.  The files are those of `index_files`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from .eval_data import CaptionedImage
 from .evaluation import Peers
 from .index_files import (
+    FORMAT,
     ImageIndexError,
     Manifest,
     Segment,
@@ -103,7 +104,7 @@ def check_model(root: Path, manifest: Manifest, model: LoadedModel) -> None:
 
 
 def _segment_name(images: Sequence[CaptionedImage]) -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"format {FORMAT}".encode())  # a segment of another format is no segment of ours
     for image in images:
         digest.update(json.dumps(to_record(image), sort_keys=True).encode())
     return digest.hexdigest()[:16]

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from .eval_data import CaptionedImage
 from .shards.records import Location
 
-FORMAT = 1
+FORMAT = 2  # 1 had no facts.npy
 
 
 class ImageIndexError(ValueError):
@@ -111,7 +111,10 @@ def read_manifest(root: Path) -> Manifest:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
-            raise ImageIndexError(f"{path}: format {content['format']}, this version reads {FORMAT}; build it again.")
+            raise ImageIndexError(
+                f"{root}: an index of format {content['format']}, and this version reads {FORMAT} only. Delete the"
+                " folder and build the index again with `msa-openclip index`."
+            )
         segments = tuple(Segment(**row) for row in content["segments"])
         return Manifest(content["model"], content["fingerprint"], segments)
     except FileNotFoundError as error:

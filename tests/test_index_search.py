@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 from retrieval_data import randomise, scene, write_shards
 
-from msa_openclip import cli, image_index, index, search
+from msa_openclip import cli, image_index, index, index_files, search
 from msa_openclip.eval_data import CaptionedImage
 from msa_openclip.eval_readers import read_folder, read_shards
 from msa_openclip.evaluation import Peers
@@ -225,6 +226,26 @@ def test_another_model_is_refused(built: str, model: LoadedModel, images: list[C
     other = load("MSA-tiny-ViT=untrained")
     for use in (lambda: ImageIndex(built, other), lambda: build_index(other, images, built)):
         with pytest.raises(ImageIndexError, match=r"built with other weights \(MSA-tiny-ViT=.*msa\.pt\) than MSA-tiny"):
+            use()
+
+
+def test_an_older_index_is_refused_with_the_remedy(
+    model: LoadedModel, images: list[CaptionedImage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(tmp_path / "x")
+    for module in (index, index_files):
+        monkeypatch.setattr(module, "FORMAT", 1)
+    build_index(model, images[:3], folder)
+    (tmp_path / "x/index.json").rename(tmp_path / "index.json")
+    for facts in (tmp_path / "x").rglob("facts.npy"):
+        facts.unlink()  # format 1 had none
+    monkeypatch.undo()
+    assert build_index(model, images[:3], folder) == 3  # an unfinished one's segments are not taken for ours
+    assert len(ImageIndex(folder, model)) == 3
+    (tmp_path / "index.json").rename(tmp_path / "x/index.json")
+    remedy = f"{re.escape(folder)}: an index of format 1, and this version reads 2 only. Delete the folder and build"
+    for use in (lambda: ImageIndex(folder, model), lambda: build_index(model, images, folder)):
+        with pytest.raises(ImageIndexError, match=remedy):
             use()
 
 
