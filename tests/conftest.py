@@ -68,7 +68,7 @@ def run_python(tiny_configs: Path) -> Callable[..., subprocess.CompletedProcess[
     def run(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "MSA_OPENCLIP_CONFIGS": str(tiny_configs), **environment}
         done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, timeout=240, check=False
+            [sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, timeout=600, check=False
         )
         assert done.returncode == 0, done.stderr
         return done

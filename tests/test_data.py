@@ -24,7 +24,7 @@ from msa_openclip.shard_samples import PATIENCE, Tally, draw_caption, read_share
 from msa_openclip.shares import Reader, ShardDataError, Share, part_of, shard_sizes
 from msa_openclip.streams import StreamError, open_shard
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 
 def dataset(pattern: str, *, is_train: bool = True, **changes: Any) -> DataInfo:

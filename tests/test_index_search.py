@@ -380,6 +380,6 @@ def test_a_killed_process_leaves_an_index_that_goes_on(
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert len(ImageIndex(str(folder), model)) == 11

@@ -147,7 +147,7 @@ def finished(tiny_configs: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     given += ["--", *told]
     environment = {**os.environ, "MSA_OPENCLIP_CONFIGS": str(tiny_configs), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(RECIPES / "run.py"), *given]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return given, done.stdout, out
 

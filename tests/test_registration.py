@@ -85,7 +85,7 @@ def test_active_in_spawned_workers(tiny_configs: Path, tmp_path: Path) -> None:
         env=env,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr

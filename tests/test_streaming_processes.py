@@ -18,7 +18,7 @@ from stream_data import image_bytes, image_sample, tar_bytes, write_shards
 from msa_openclip.streams import CACHE_VARIABLE, RETRIES_VARIABLE
 from msa_openclip.train_evaluation import EVALUATE_VARIABLE
 
-pytestmark = pytest.mark.timeout(280)
+pytestmark = pytest.mark.timeout(660)
 
 IMAGES, CAPTIONS, BATCH = 19, 3, 4
 
@@ -61,7 +61,7 @@ def train(tmp_path: Path, tiny_configs: Path):  # type: ignore[no-untyped-def]
             **environment,
         }
         begin = time.monotonic()
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
         return Run(done, tmp_path, time.monotonic() - begin)
 
     return run

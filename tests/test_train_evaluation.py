@@ -48,7 +48,7 @@ def train(tiny_configs: Path, tmp_path: Path, shards: dict[str, str]) -> Train:
         ]
         environment = {**os.environ, "MSA_OPENCLIP_CONFIGS": str(tiny_configs), **environment}
         done: Any = subprocess.run(  # its log folder is ./logs; torchrun would take --logs for an option of its own
-            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
         )
         assert done.returncode == 0, done.stderr[-4000:]
         lines = (tmp_path / "logs" / "run" / "checkpoints" / "results.jsonl").read_text().splitlines()

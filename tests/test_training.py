@@ -66,7 +66,7 @@ def train(tmp_path: Path, tiny_configs: Path):  # type: ignore[no-untyped-def]
             "--log-every-n-steps", "1", "--seed", "0", "--device", "cpu", "--precision", "fp32", *arguments,
         ]  # fmt: skip
         environment = {**os.environ, "MSA_OPENCLIP_CONFIGS": str(tiny_configs), "OMP_NUM_THREADS": "1", **env}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return Run(tmp_path, name)
 
