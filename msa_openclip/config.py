@@ -50,20 +50,24 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """Terms of `MSALoss` with their weights (METHOD 1.5); without fused, match and consistency there is no MSCMAT."""
+    """Terms of `MSALoss` with their weights (METHOD 1.5); without fused, match and consistency there is no MSCMAT.
+
+    What the defaults were chosen by is in docs/results.md.
+    """
 
     global_term: Literal["infonce", "triplet"] = "infonce"
-    global_weight: float = 1.0
+    global_weight: float = 0.3
+    """Keeps the global features useful alone, as a search needs them that ranks its first candidates by them."""
     margin: float = 0.5
     """Of the triplet term, in cosine."""
     fused_weight: float = 1.0
     """Of the InfoNCE on the fused scores of `ranking`, by which retrieval ranks."""
-    match_weight: float = 0.25
-    """Of the cross-entropy summed over scales."""
+    match_weight: float = 0.0
+    """Of the cross-entropy of every scale's scores alone, summed over scales."""
     match_directions: Literal["both", "image_to_text"] = "both"
     consistency: Literal["rows", "released"] = "rows"
     """`rows`: KL(teacher || student) a query; `released`: KL(student || teacher), averaged over all pairs."""
-    consistency_weight: float = 0.25
+    consistency_weight: float = 0.0
     consistency_temperature: float = 1.0
     identical_captions: bool = True
     """Captions of a batch with the same token ids are positives of each other's images, not negatives."""
@@ -122,6 +126,11 @@ class MSACfg:
     def uses_mscmat(self) -> bool:
         """Whether any loss term trains MSCMAT; if not, the model is built without it."""
         return self.loss.fused_weight + self.loss.match_weight + self.loss.consistency_weight > 0
+
+    @property
+    def trains_logit_scale(self) -> bool:
+        """Whether a loss term reads the model's logit scale; if not, it stays frozen."""
+        return self.loss.global_term == "infonce" or (self.loss.fused_weight > 0 and self.ranking.global_weight is None)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> MSACfg:

@@ -153,23 +153,27 @@ class MSALoss(nn.Module):
 
     def _terms(self, per_image: Block, per_text: Block, logit_scale: Tensor) -> dict[str, Tensor]:
         cfg = self.msa_cfg.loss
-        terms: dict[str, Tensor] = {}
-        if cfg.global_term == "infonce":
-            both = contrastive_term(per_image, logit_scale) + contrastive_term(per_text, logit_scale)
-            terms["contrastive_loss"] = cfg.global_weight * both / 2
-        else:
-            both = triplet_term(per_image, cfg.margin) + triplet_term(per_text, cfg.margin)
-            # A sum over the batch: where ranks hold parts of it, their mean must still be the whole sum.
-            terms["triplet_loss"] = cfg.global_weight * both * (self.world_size if self.local_loss else 1)
+        # DistributedDataParallel wants a gradient of every parameter, if only of zeros: a term of weight 0 is left out
+        # where another one has its parameters.
+        terms = self._global(per_image, per_text, logit_scale)
         if cfg.fused_weight:
             ranking = self.msa_cfg.ranking
             both = fused_term(per_image, logit_scale, ranking) + fused_term(per_text, logit_scale, ranking)
             terms["fused_loss"] = cfg.fused_weight * both / 2
-        if per_image.match is not None and per_text.match is not None:
+        if self.msa_cfg.uses_mscmat and (cfg.match_weight or not cfg.fused_weight):
             terms["match_loss"] = cfg.match_weight * _match(cfg, per_image, per_text)
-            if cfg.consistency_weight:
-                terms["consistency_loss"] = cfg.consistency_weight * _consistency(cfg, per_image, per_text)
+        if cfg.consistency_weight:
+            terms["consistency_loss"] = cfg.consistency_weight * _consistency(cfg, per_image, per_text)
         return terms
+
+    def _global(self, per_image: Block, per_text: Block, logit_scale: Tensor) -> dict[str, Tensor]:
+        cfg = self.msa_cfg.loss
+        if cfg.global_term == "infonce":
+            both = contrastive_term(per_image, logit_scale) + contrastive_term(per_text, logit_scale)
+            return {"contrastive_loss": cfg.global_weight * both / 2}
+        both = triplet_term(per_image, cfg.margin) + triplet_term(per_text, cfg.margin)
+        # A sum over the batch: where ranks hold parts of it, their mean must still be the whole sum.
+        return {"triplet_loss": cfg.global_weight * both * (self.world_size if self.local_loss else 1)}
 
     def _blocks(
         self,

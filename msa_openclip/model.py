@@ -204,7 +204,7 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
 
     def _freeze_unused(self) -> None:
         """Freeze what no loss reaches: a parameter without a gradient would stop DistributedDataParallel."""
-        if self.msa_cfg.loss.global_term == "triplet":
+        if not self.msa_cfg.trains_logit_scale:
             self.logit_scale.requires_grad_(False)
         if self.msa_cfg.fusion == "scales":
             for parameter in unused_parameters(self.image_scales, self.visual):

@@ -24,9 +24,9 @@ VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_s
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
 SCALES = [{"stage": 1, "pool": "max"}, {"stage": 2, "pool": "avg"}]
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {"image_scales": SCALES, "heads": 2},
+    "all terms": {"image_scales": SCALES, "heads": 2, "loss": {"match_weight": 0.25, "consistency_weight": 0.25}},
     "paper": {"preset": "paper", "image_scales": SCALES, "heads": 2},
-    "match": {"image_scales": SCALES, "heads": 2, "loss": {"global_weight": 0, "fused_weight": 0}},
+    "match": {"image_scales": SCALES, "heads": 2, "loss": {"global_weight": 0, "fused_weight": 0, "match_weight": 1}},
 }
 MODES = {
     "local": {"local_loss": True, "gather_with_grad": True},
@@ -78,14 +78,16 @@ def run_rank(rank: int, world_size: int, preset: str, folder: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "world_size"), [("default", 2), ("default", 3), ("paper", 2), ("paper", 3), ("match", 2)]
+    ("preset", "world_size"), [("all terms", 2), ("all terms", 3), ("paper", 2), ("paper", 3), ("match", 2)]
 )
 def test_ranks_agree_with_one_process(preset: str, world_size: int, tmp_path: Path) -> None:
     """In every mode and with micro-batches; `local_loss` alone drops gradients of global features, but of no scores."""
     expected_loss, expected = whole_batch(preset)
     torch.multiprocessing.spawn(run_rank, (world_size, preset, str(tmp_path)), nprocs=world_size)
     for mode, accum_freq in itertools.product(MODES, ACCUM_FREQS):
-        ranks = [torch.load(tmp_path / f"{mode}-{accum_freq}-{rank}.pt") for rank in range(world_size)]
+        ranks = [
+            torch.load(tmp_path / f"{mode}-{accum_freq}-{rank}.pt", weights_only=True) for rank in range(world_size)
+        ]
         losses = torch.tensor([losses for losses, _ in ranks], dtype=torch.float64)
         if mode.startswith("local"):
             losses = losses.mean(dim=0)
@@ -103,7 +105,7 @@ def sharded_rank(rank: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     try:
-        model, images, texts = model_and_batch("default")
+        model, images, texts = model_and_batch("all terms")
         mesh = init_device_mesh("cpu", (world_size,))
         for block in (*model.visual.transformer.resblocks, *model.text.transformer.resblocks):
             fully_shard(block, mesh=mesh)
@@ -129,15 +131,15 @@ def whole(gradient: Tensor) -> Tensor:
     reason="fully_shard with ignored parameters needs torch 2.7",
 )
 def test_fully_sharded_models_agree_with_one_process(tmp_path: Path) -> None:
-    _, expected = whole_batch("default")
+    _, expected = whole_batch("all terms")
     torch.multiprocessing.spawn(sharded_rank, (2, str(tmp_path)), nprocs=2)
-    torch.testing.assert_close(torch.load(tmp_path / "0.pt"), expected, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(torch.load(tmp_path / "0.pt", weights_only=True), expected, rtol=1e-5, atol=1e-9)
 
 
 def sending_rank(rank: int, world_size: int, folder: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     try:
-        model, images, texts = model_and_batch("default")
+        model, images, texts = model_and_batch("all terms")
         texts[:, (4, 6)[rank] :] = 0  # ranks may have texts of different lengths
         output = model(images[:2], texts[:2])
         loss = MSALoss(model.msa_cfg, local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)

@@ -222,7 +222,8 @@ def test_consistency_teaches_the_students_only(term: Any) -> None:
     assert term(same, 1.0).item() == pytest.approx(0, abs=1e-6)
 
 
-SMALL = {"image_scales": [{"stage": 1}, {"stage": 2}], "heads": 2}
+ALL_TERMS = {"match_weight": 0.25, "consistency_weight": 0.25}
+SMALL = {"image_scales": [{"stage": 1}, {"stage": 2}], "heads": 2, "loss": ALL_TERMS}
 
 
 def small_output(batch: int = 5, seed: int = 3) -> dict[str, Tensor]:
@@ -246,7 +247,7 @@ def test_identical_captions_are_positives_by_token_ids() -> None:
     expected = torch.tensor([[a.equal(b) for b in ids] for a in ids])
     assert per_image.positive.equal(expected)
     assert per_text.positive.equal(expected)
-    off = MSALoss(MSACfg.from_dict(SMALL | {"loss": {"identical_captions": False}}))
+    off = MSALoss(MSACfg.from_dict(SMALL | {"loss": ALL_TERMS | {"identical_captions": False}}))
     same = off(**output, text_ids=ids, output_dict=True)
     without = loss(**output, output_dict=True)
     assert {k: v.item() for k, v in same.items()} == {k: v.item() for k, v in without.items()}
@@ -258,6 +259,14 @@ def test_loss_is_the_sum_of_its_terms_and_every_key_ends_in_loss() -> None:
     terms = loss(**output, output_dict=True)
     assert set(terms) == {"contrastive_loss", "fused_loss", "match_loss", "consistency_loss"}
     torch.testing.assert_close(loss(**output), sum(terms.values()))
+
+
+def test_the_default_terms_are_the_global_and_the_fused_one() -> None:
+    loss = MSALoss(MSACfg.from_dict(SMALL | {"loss": {}}))
+    terms = loss(**small_output(), output_dict=True)
+    assert set(terms) == {"contrastive_loss", "fused_loss"}
+    both = MSALoss(MSACfg.from_dict(SMALL | {"loss": ALL_TERMS}))(**small_output(), output_dict=True)
+    assert terms["fused_loss"].equal(both["fused_loss"])
 
 
 def test_permuting_the_batch_changes_nothing() -> None:
@@ -298,7 +307,7 @@ def test_accumulation_divides_the_gradient_of_the_scale_alone() -> None:
 
 def test_triplet_term_keeps_float32_under_autocast() -> None:
     output = small_output()
-    cfg = MSACfg.from_dict(SMALL | {"preset": "paper"})
+    cfg = MSACfg.from_dict(SMALL | {"preset": "paper", "loss": {}})
     exact = MSALoss(cfg)(**output, output_dict=True)["triplet_loss"]
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = MSALoss(cfg)(**output, output_dict=True)["triplet_loss"]

@@ -1,0 +1,104 @@
+"""Losses that were tried against the default on UCM-Captions and are not part of the package; for ucm_accuracy.py.
+
+python benchmarks/ucm_trials.py TRIAL ARGUMENTS      ARGUMENTS of open_clip_train.main, which then trains with it
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from open_clip_train.main import main as train
+from torch import Tensor
+
+from msa_openclip import loss
+from msa_openclip.loss import Block, MSALoss
+from msa_openclip.mscmat import fused_scores
+from msa_openclip.pair_scores import ImageSide, TextSide
+
+
+class NearCopiesArePositives(MSALoss):
+    """Captions that share most of their words count as identical ones do: positives of each other's images."""
+
+    overlap = 0.75
+    """Least share of the words of both captions that are in both (Jaccard)."""
+
+    def _blocks(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        images: ImageSide | None,
+        texts: TextSide | None,
+        text_ids: Tensor | None,
+    ) -> tuple[Block, Block]:
+        per_image, per_text = super()._blocks(image_features, text_features, images, texts, text_ids)
+        assert text_ids is not None
+        near = (word_overlap(self.gather.features(text_ids)) >= self.overlap)[per_image.pair]
+        return per_image._replace(positive=near), per_text._replace(positive=near)
+
+
+class WeakestPairsDropped(MSALoss):
+    """Elimination before alignment, after EBAKER: a batch's least correlated pairs ask for nothing.
+
+    They stay what others are compared with.  By the fused score, as share of the row's and the column's softmax.
+    """
+
+    dropped = 0.1
+
+    def _terms(self, per_image: Block, per_text: Block, logit_scale: Tensor) -> dict[str, Tensor]:
+        belief = torch.zeros(len(per_image.pair), device=per_image.pair.device)
+        for block in (per_image, per_text):
+            scores = fused_scores(block.cosine, block.match, logit_scale, self.msa_cfg.ranking).detach().float()
+            belief += scores.log_softmax(dim=1).gather(1, block.pair[:, None]).squeeze(1)
+        kept = belief.argsort(descending=True)[: round(len(belief) * (1 - self.dropped))]
+        return super()._terms(rows(per_image, kept), rows(per_text, kept), logit_scale)
+
+
+class FusedScoreTeaches(MSALoss):
+    """Consistency with the fused score, rather than the deepest scale, as teacher of every scale and of the cosine."""
+
+    weight = 0.25
+
+    def _terms(self, per_image: Block, per_text: Block, logit_scale: Tensor) -> dict[str, Tensor]:
+        terms = super()._terms(per_image, per_text, logit_scale)
+        both = [self._taught(block, logit_scale) for block in (per_image, per_text)]
+        return terms | {"taught_loss": self.weight * (both[0] + both[1]) / 2}
+
+    def _taught(self, block: Block, logit_scale: Tensor) -> Tensor:
+        assert block.match is not None
+        scores = fused_scores(block.cosine, block.match, logit_scale, self.msa_cfg.ranking)
+        teacher = scores.detach().float().log_softmax(dim=-1)
+        students = torch.cat([(logit_scale * block.cosine)[None].float(), block.match.float()]).log_softmax(dim=-1)
+        return (teacher.exp() * (teacher - students)).sum(dim=(0, -1)).mean()
+
+
+def rows(block: Block, kept: Tensor) -> Block:
+    """The block with some of its queries."""
+    match = None if block.match is None else block.match[:, kept]
+    return Block(block.cosine[kept], match, block.positive[kept], block.pair[kept])
+
+
+def word_overlap(ids: Tensor) -> Tensor:
+    """Token ids (T, L) -> (T, T) share of common ones among the distinct ids of two texts, padding (0) left out."""
+    held = torch.zeros(len(ids), int(ids.max()) + 1, device=ids.device).scatter_(1, ids, 1.0)
+    held = held[:, 1:][:, held[:, 1:].any(dim=0)]
+    common = held @ held.T
+    count = held.sum(dim=1)
+    return common / (count[:, None] + count[None, :] - common)
+
+
+TRIALS: dict[str, type[MSALoss]] = {
+    "near-copies-are-positives": NearCopiesArePositives,
+    "weakest-pairs-dropped": WeakestPairsDropped,
+    "fused-score-teaches": FusedScoreTeaches,
+}
+
+
+def main() -> None:
+    """Train with the loss that the first argument names."""
+    loss.MSALoss = TRIALS[sys.argv[1]]  # type: ignore[misc]
+    train(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()
