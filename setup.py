@@ -19,7 +19,7 @@ INSTALL_REQUIRES = [
     "pandas>=2.0",
     "braceexpand>=0.1.7",
     "fsspec>=2024.2",
-    "pillow>=9.1",  # Image.Resampling and Image.Transpose enums
+    "pillow>=9.3",  # Image.Resampling and Image.Transpose enums (9.1); the first with wheels for Python 3.11
     "numpy>=1.24",
     "tqdm>=4.60",
 ]

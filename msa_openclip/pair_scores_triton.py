@@ -13,8 +13,7 @@ waits for it and CUDA graphs can hold it all. docs/speed.md has a figure.
 Shapes as in `pair_scores`; besides, J images of a program, `TEXTS` texts of `TOKENS` tokens each, d padded to `WIDTH`.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: the interpreter of Triton 3.1 does not know tl.constexpr by a string.
 import os
 from typing import Any, NamedTuple
 

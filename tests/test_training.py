@@ -89,7 +89,7 @@ def test_training_lowers_every_term_and_its_checkpoint_reloads(train, scene_shar
 
     path = run.checkpoints / f"epoch_{epochs}.pt"
     model = open_clip.create_model(MODEL, pretrained=str(path)).eval()
-    trained = torch.load(path)["state_dict"]
+    trained = torch.load(path, weights_only=True)["state_dict"]
     assert set(trained) == set(model.state_dict())
     for name, value in model.state_dict().items():
         assert value.equal(trained[name]), name
@@ -127,7 +127,7 @@ def test_options_of_open_clip(train, scene_shards, arguments) -> None:  # type: 
 def test_compiled_training(train, scene_shards) -> None:  # type: ignore[no-untyped-def]
     run = train(scene_shards["pair"], "--torchcompile", "--epochs", "2")
     assert_learned(run)
-    state = torch.load(run.checkpoints / "epoch_2.pt")["state_dict"]
+    state = torch.load(run.checkpoints / "epoch_2.pt", weights_only=True)["state_dict"]
     open_clip.create_model(MODEL).load_state_dict(state)
 
 

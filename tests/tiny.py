@@ -82,7 +82,7 @@ def write_bert(directory: Path) -> Path:
     torch.manual_seed(0)
     BertModel(BertConfig(vocab_size=len(VOCABULARY), max_position_embeddings=37, **sizes)).save_pretrained(directory)
     (directory / "vocab.txt").write_text("\n".join(VOCABULARY), encoding="utf-8")
-    BertTokenizer(vocab=str(directory / "vocab.txt")).save_pretrained(directory)
+    BertTokenizer(str(directory / "vocab.txt")).save_pretrained(directory)
     return directory
 
 
