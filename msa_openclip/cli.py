@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -32,7 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     module = importlib.import_module(COMMANDS[given[0]][0])
     try:
-        return int(module.main(given[1:]) or 0)
+        code = int(module.main(given[1:]) or 0)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         print(f"msa-openclip {given[0]}: error: {error}", file=sys.stderr)
         return 1

@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _terminable():
             return int(parsed.run(parsed) or 0)
+    except BrokenPipeError:
+        raise  # of the output, for the command that prints it
     except (ShardError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -132,6 +133,17 @@ def test_unknown_commands_and_help(capsys) -> None:
     assert cli.main(["--help"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in cli.COMMANDS)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    few = ["--train", "1", "--val", "0", "--test", "0", "--size-px", "32"]
+    command = [sys.executable, "-m", "msa_openclip.cli", "shards", "synthesize", str(tmp_path), *few]
+    with os.fdopen(writing, "w") as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    assert done.returncode == 141
+    assert "rror" not in done.stderr
 
 
 def test_the_command_starts_without_torch() -> None:
