@@ -72,6 +72,7 @@ VARIANTS: dict[str, Variant] = {
     # Terms and their weights.
     "fused-term-alone": loss(global_weight=0, fused_weight=1, match_weight=0, consistency_weight=0),
     "no-fused-term": loss(global_weight=1, fused_weight=0, match_weight=0.25, consistency_weight=0.25),
+    "less-global-term": loss(global_weight=0.1),
     "equal-global-term": loss(global_weight=1, fused_weight=1, match_weight=0, consistency_weight=0),
     "all-terms": loss(global_weight=1, fused_weight=1, match_weight=0.25, consistency_weight=0.25),
     "match-term": loss(match_weight=0.25),
@@ -361,7 +362,8 @@ def draw(by_variant: dict[str, list[dict[str, Any]]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (curves, bars) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    shown = {name: rows for name, rows in by_variant.items() if rows}
+    figure, (curves, bars) = plt.subplots(1, 2, figsize=(12, 2 + 0.3 * len(shown)), layout="constrained")
     for name, style in zip(MAIN, ("k", "C1", "C0"), strict=True):
         for ranking, dash in zip(RANKINGS, ("-", ":", "--"), strict=True):
             series = [row["val_mR"][ranking] for row in by_variant[name] if row["val_mR"][ranking]]
@@ -369,7 +371,6 @@ def draw(by_variant: dict[str, list[dict[str, Any]]], path: Path) -> None:
                 means = [statistics.fmean(values) for values in zip(*series, strict=True)]
                 curves.plot([2 * (i + 1) for i in range(len(means))], means, style + dash, label=f"{name}, {ranking}")
     curves.set(xlabel="epoch", ylabel="mR on val (%)", title="validation, mean over seeds")
-    shown = {name: rows for name, rows in by_variant.items() if rows}
     for offset, ranking in enumerate(RANKINGS):
         for position, rows in enumerate(shown.values()):
             values = [row["test"][ranking]["mR"] for row in rows if ranking in row["test"]]
