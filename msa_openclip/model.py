@@ -183,8 +183,8 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
     def _require_mscmat(self) -> MSCMAT:
         if self.mscmat is None:
             raise ValueError(
-                "this model was configured without match and consistency losses and has no MSCMAT; "
-                "give msa_cfg.loss.match_weight a value above 0 to have match scores."
+                "this model was configured without fused, match and consistency terms and has no MSCMAT; "
+                "give msa_cfg.loss.fused_weight a value above 0 to have match scores."
             )
         return self.mscmat
 

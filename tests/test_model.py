@@ -228,7 +228,7 @@ def test_a_model_without_mscmat_says_so() -> None:
     image_features, text_features = model.encode_image(images, normalize=True), model.encode_text(texts, normalize=True)
     torch.testing.assert_close(per_image, model.logit_scale.exp() * image_features @ text_features.T)
     for score in (lambda: model.image_side(images), lambda: model.text_side(texts)):
-        with pytest.raises(ValueError, match=r"has no MSCMAT; give msa_cfg\.loss\.match_weight a value above 0"):
+        with pytest.raises(ValueError, match=r"has no MSCMAT; give msa_cfg\.loss\.fused_weight a value above 0"):
             score()
 
 
