@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -33,13 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"msa-openclip: unknown command {given[0]!r}\n\n{usage()}", file=sys.stderr)
         return 2
     module = importlib.import_module(COMMANDS[given[0]][0])
+    from .shards.output import until_unread
+
     try:
-        code = int(module.main(given[1:]) or 0)
-        sys.stdout.flush()
+        code: int = until_unread(lambda: int(module.main(given[1:]) or 0))
         return code
-    except BrokenPipeError:  # whoever reads, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-        return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         print(f"msa-openclip {given[0]}: error: {error}", file=sys.stderr)
         return 1

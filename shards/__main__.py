@@ -3,6 +3,7 @@
 import sys
 
 from .command_line import main
+from .output import until_unread
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(until_unread(main))

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _terminable():
             return int(parsed.run(parsed) or 0)
     except BrokenPipeError:
-        raise  # of the output, for the command that prints it
+        raise  # of the output, for `until_unread`
     except (ShardError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

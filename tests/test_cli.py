@@ -135,11 +135,12 @@ def test_unknown_commands_and_help(capsys) -> None:
     assert all(name in printed for name in cli.COMMANDS)
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("entry", [["msa_openclip.cli", "shards"], ["msa_openclip.shards"]])
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path, entry: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     few = ["--train", "1", "--val", "0", "--test", "0", "--size-px", "32"]
-    command = [sys.executable, "-m", "msa_openclip.cli", "shards", "synthesize", str(tmp_path), *few]
+    command = [sys.executable, "-m", *entry, "synthesize", str(tmp_path), *few]
     with os.fdopen(writing, "w") as closed:
         done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
     assert done.returncode == 141
