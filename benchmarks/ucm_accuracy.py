@@ -70,11 +70,11 @@ VARIANTS: dict[str, Variant] = {
     "paper": Variant(msa={"preset": "paper", "heads": 12}),
     "default": Variant(),
     # Terms and their weights.
-    "fused-term-alone": loss(global_weight=0, fused_weight=1, match_weight=0, consistency_weight=0),
+    "fused-term-alone": loss(global_weight=0),
     "no-fused-term": loss(global_weight=1, fused_weight=0, match_weight=0.25, consistency_weight=0.25),
     "less-global-term": loss(global_weight=0.1),
-    "equal-global-term": loss(global_weight=1, fused_weight=1, match_weight=0, consistency_weight=0),
-    "all-terms": loss(global_weight=1, fused_weight=1, match_weight=0.25, consistency_weight=0.25),
+    "equal-global-term": loss(global_weight=1),
+    "all-terms": loss(global_weight=1, match_weight=0.25, consistency_weight=0.25),
     "match-term": loss(match_weight=0.25),
     "match-term-one-direction": loss(match_weight=0.25, match_directions="image_to_text"),
     "consistency": loss(match_weight=0.25, consistency_weight=0.25),
@@ -171,8 +171,11 @@ class Study:
         for name in variants:
             variant = VARIANTS[name]
             self.build_shards(variant.shuffled)
-            msa = {"msa_cfg": {"image_scales": scales(1, 2, 3, 4), "heads": 3} | (variant.msa or {})}
-            config = TOWERS | ({} if variant.msa is None else msa) | ({"text_cfg": minilm()} if variant.minilm else {})
+            config = dict(TOWERS)
+            if variant.msa is not None:
+                config["msa_cfg"] = {"image_scales": scales(1, 2, 3, 4), "heads": 3} | variant.msa
+            if variant.minilm:
+                config["text_cfg"] = minilm()
             (self.configs / f"ucm-{name}.json").write_text(json.dumps(config, indent=2))
 
     def shards(self, shuffled: float = 0.0) -> Path:

@@ -18,43 +18,49 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+from ucm_accuracy import mean_sd, side
 
+from msa_openclip.config import Ranking
 from msa_openclip.eval_data import EvalSet
 from msa_openclip.eval_readers import read_shards
+from msa_openclip.evaluation import TIE, EvalOptions, Peers, encode_images
 from msa_openclip.loading import LoadedModel, load
-from msa_openclip.pixels import batches
+from msa_openclip.mscmat import fused_scores
 from msa_openclip.rank_counter import retrieval
-from msa_openclip.scoring import EncodedImages
 from msa_openclip.steps import shard_pattern
 
 MATCH_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 REVERSE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-TIE = 2e-6
 
 
 class Encoded:
     """The images and distinct captions of one split, encoded by one model."""
 
     def __init__(self, model: LoadedModel, data: EvalSet) -> None:
-        spans = [range(start, min(start + 64, len(data.images))) for start in range(0, len(data.images), 64)]
-        parts = [model.scorer.images(pixels).fields() for pixels in batches(data.images, model.preprocess, spans)]
         self.scorer, self.truth = model.scorer, data.per_caption
-        self.images = EncodedImages.of(tuple(torch.cat(field) for field in zip(*parts, strict=True)))
+        self.images = encode_images(model.scorer, data, model.preprocess, EvalOptions(), Peers())
         self.texts = model.scorer.texts(model.tokenizer(list(data.texts)))
 
 
-def scores(images: Encoded, texts: Encoded) -> dict[str, Tensor]:
-    """Logits of the images of one split with the texts of another, (I, C): of the cosine and of MSCMAT's mean."""
-    scorer = images.scorer
-    found = dict(zip(scorer.rankings, scorer.scores(images.images, texts.texts), strict=True))
-    if "match" not in found:
-        return {"global": scorer.model.logit_scale.exp().detach() * found["global"]}
-    return {"global": found["fused"] - found["match"], "match": found["match"]}
+class Scores:
+    """Cosines (I, C) and, with MSCMAT, match scores of the images of one split with the texts of another."""
+
+    def __init__(self, images: Encoded, texts: Encoded) -> None:
+        model, scorer = images.scorer.model, images.scorer
+        found = dict(zip(scorer.rankings, scorer.scores(images.images, texts.texts), strict=True))
+        self.cosine, self.match = found["global"], found["match"][None] if "match" in found else None
+        self.logit_scale = model.logit_scale.exp().detach()
+        self.ranking = model.msa_cfg.ranking if scorer.has_match else Ranking()
+
+    def fused(self, match_weight: float) -> Tensor:
+        """(I, C) fused scores with another weight of the match part."""
+        ranking = replace(self.ranking, match_weight=match_weight)
+        return fused_scores(self.cosine, self.match, self.logit_scale, ranking)
 
 
 class Split:
@@ -62,24 +68,15 @@ class Split:
 
     def __init__(self, split: Encoded, train: Encoded) -> None:
         self.truth = split.truth
-        self.own, self.bank_texts, self.bank_images = (
-            scores(split, split),
-            scores(split, train),  # (I, training captions)
-            scores(train, split),  # (training images, C)
-        )
-
-    def fused(self, part: dict[str, Tensor], match_weight: float) -> Tensor:
-        """The fused scores with the match part weighted."""
-        return part["global"] + match_weight * part["match"] if "match" in part else part["global"]
+        self.own = Scores(split, split)
+        self.bank_texts = Scores(split, train)
+        self.bank_images = Scores(train, split)
 
     def recall(self, match_weight: float = 1.0, share: float = 0.0, bank: str = "train") -> float:
         """mR where each candidate loses `share` of what it scores with the bank."""
-        own = self.fused(self.own, match_weight)
-        with_texts, with_images = (
-            (own, own)
-            if bank == "test"
-            else (self.fused(self.bank_texts, match_weight), self.fused(self.bank_images, match_weight))
-        )
+        own = self.own.fused(match_weight)
+        banks = (self.own, self.own) if bank == "test" else (self.bank_texts, self.bank_images)
+        with_texts, with_images = (scores.fused(match_weight) for scores in banks)
         for_texts = own - share * with_texts.logsumexp(dim=1, keepdim=True)  # candidates are images
         for_images = own - share * with_images.logsumexp(dim=0, keepdim=True)  # candidates are captions
         both = []
@@ -94,13 +91,12 @@ def best(values: tuple[float, ...], recall: Callable[[float], float]) -> float:
     return max(values, key=recall)
 
 
-def row(folder: Path, splits: dict[str, EvalSet]) -> dict[str, Any]:
-    """The rankings of one run's best checkpoint."""
-    found = json.loads((folder / "row.json").read_text())
+def row(folder: Path, found: dict[str, Any], splits: dict[str, EvalSet]) -> dict[str, Any]:
+    """The rankings of the best checkpoint of a run, of which ucm_accuracy.py found what is in its row.json."""
     model = load(f"ucm-{found['variant']}={folder}/checkpoints/epoch_{found['epoch']}.pt")
     encoded = {name: Encoded(model, data) for name, data in splits.items()}
     val, test = (Split(encoded[name], encoded["train"]) for name in ("val", "test"))
-    has_match = "match" in test.own
+    has_match = test.own.match is not None
     weight = best(MATCH_WEIGHTS, lambda value: val.recall(value)) if has_match else 1.0
     shares = {
         bank: best(REVERSE_SHARES, lambda value, bank=bank: val.recall(1.0, value, bank))  # type: ignore[misc]
@@ -133,17 +129,15 @@ def main() -> None:
         for name in ("train", "val", "test")
     }
     rows = []
-    for folder in sorted(path.parent for path in options.study.glob("logs/*/row.json")):
-        found = json.loads((folder / "row.json").read_text())
-        if found["variant"] in options.only and found["lr"] == chosen.get(found["variant"], chosen["default"]):
-            rows.append(row(folder, splits))
+    for path in sorted(options.study.glob("logs/*/row.json")):
+        found = json.loads(path.read_text())
+        if found["variant"] in options.only and found["lr"] == chosen.get(side(found["variant"])):
+            rows.append(row(path.parent, found, splits))
             print(json.dumps(rows[-1]))
     for variant in options.only:
         runs = [found["mR"] for found in rows if found["variant"] == variant]
         for name in runs[0] if runs else ():
-            values = [run[name] for run in runs]
-            spread = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            print(f"{variant}, {name}: {statistics.fmean(values):.2f}{spread}")
+            print(f"{variant}, {name}: {mean_sd([run[name] for run in runs])}")
     if options.out:
         options.out.write_text(json.dumps(rows, indent=1))
 

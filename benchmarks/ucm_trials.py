@@ -14,7 +14,6 @@ from torch import Tensor
 from msa_openclip import loss
 from msa_openclip.loss import Block, MSALoss
 from msa_openclip.mscmat import fused_scores
-from msa_openclip.pair_scores import ImageSide, TextSide
 
 
 class NearCopiesArePositives(MSALoss):
@@ -23,18 +22,9 @@ class NearCopiesArePositives(MSALoss):
     overlap = 0.75
     """Least share of the words of both captions that are in both (Jaccard)."""
 
-    def _blocks(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        images: ImageSide | None,
-        texts: TextSide | None,
-        text_ids: Tensor | None,
-    ) -> tuple[Block, Block]:
-        per_image, per_text = super()._blocks(image_features, text_features, images, texts, text_ids)
+    def _positive(self, own: Tensor, count: int, text_ids: Tensor | None) -> Tensor:
         assert text_ids is not None
-        near = (word_overlap(self.gather.features(text_ids)) >= self.overlap)[per_image.pair]
-        return per_image._replace(positive=near), per_text._replace(positive=near)
+        return (word_overlap(self.gather.features(text_ids)) >= self.overlap)[own]
 
 
 class WeakestPairsDropped(MSALoss):

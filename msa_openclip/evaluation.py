@@ -102,13 +102,13 @@ def evaluate(
         ValueError: the model's scores hold NaN.
     """
     options, peers = options or EvalOptions(), peers or Peers()
-    images = _encode_images(scorer, data, preprocess, options, peers)
+    images = encode_images(scorer, data, preprocess, options, peers)
     strips = _Strips(scorer, data, tokenizer, images, options, peers)
     right = strips.right_scores()
     return Evaluation(data, *strips.count(right), images)
 
 
-def _encode_images(
+def encode_images(
     scorer: Scorer, data: EvalSet, preprocess: Preprocess, options: EvalOptions, peers: Peers
 ) -> EncodedImages:
     """Encode this rank's batches and get the others': all images, on the device or, if that is too much, on disk."""

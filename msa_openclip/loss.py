@@ -186,13 +186,12 @@ class MSALoss(nn.Module):
         """Scores of images against texts and of texts against images, this rank's rows or all of them."""
         all_image_features = self.gather.features(image_features)
         all_text_features = self.gather.features(text_features)
-        group = self._caption_groups(text_ids, len(all_text_features), all_text_features.device)
-        own = torch.arange(len(group), device=group.device)
+        own = torch.arange(len(all_text_features), device=all_text_features.device)
         if self.local_loss:
             own = own[self.rank * len(image_features) : (self.rank + 1) * len(image_features)]
         else:
             image_features, text_features = all_image_features, all_text_features
-        positive = group[own, None] == group[None, :]  # the same for both directions: the relation is symmetric
+        positive = self._positive(own, len(all_text_features), text_ids)  # in both directions: it is symmetric
         match_per_image, match_per_text = self._match_scores(images, texts)
         return (
             Block(self._cosine(image_features, all_text_features), match_per_image, positive, own),
@@ -223,12 +222,12 @@ class MSALoss(nn.Module):
         scores = self.gather.exactly(columns.permute(2, 0, 1)).permute(1, 2, 0)  # (S, all images, all texts)
         return scores, scores.transpose(1, 2)
 
-    def _caption_groups(self, text_ids: Tensor | None, count: int, device: torch.device) -> Tensor:
-        """A number for each text of the whole batch, equal where captions are identical and that counts."""
-        if text_ids is None or not self.msa_cfg.loss.identical_captions:
-            return torch.arange(count, device=device)
-        group: Tensor = torch.unique(self.gather.features(text_ids), dim=0, return_inverse=True)[1]
-        return group
+    def _positive(self, own: Tensor, count: int, text_ids: Tensor | None) -> Tensor:
+        """(R, C) right answers to the rows `own` among `count` pairs: the own one and, if that counts, its copies."""
+        group = torch.arange(count, device=own.device)
+        if text_ids is not None and self.msa_cfg.loss.identical_captions:
+            group = torch.unique(self.gather.features(text_ids), dim=0, return_inverse=True)[1]
+        return group[own, None] == group[None, :]
 
 
 def _match(cfg: LossCfg, per_image: Block, per_text: Block) -> Tensor:
