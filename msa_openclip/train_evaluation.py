@@ -14,6 +14,7 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+import torch.distributed as dist
 from open_clip import get_tokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import nn
@@ -62,7 +63,7 @@ def retrieval_metrics(model: nn.Module, args: Any, tokenizer: Any = None) -> dic
     keys = (args.val_data, _is_csv(args), args.csv_img_key, args.csv_caption_key, args.csv_separator)
     found = evaluate(
         Scorer(inner, args.precision),
-        _validation_set(*keys),
+        _validation_set(*keys, peers),
         transform,
         tokenizer or get_tokenizer(args.model),
         EvalOptions(batch_size=args.batch_size, workers=args.workers),
@@ -119,10 +120,12 @@ def _is_csv(args: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def _validation_set(val_data: str, is_csv: bool, image_key: str, caption_key: str, separator: str) -> EvalSet:
+def _validation_set(
+    val_data: str, is_csv: bool, image_key: str, caption_key: str, separator: str, peers: Peers
+) -> EvalSet:
     """Read once, used after every epoch."""
-    images = read_csv(val_data, image_key, caption_key, separator) if is_csv else read_shards(val_data)
-    images = [image for image in images if _is_readable(image)]
+    found = read_csv(val_data, image_key, caption_key, separator) if is_csv else read_shards(val_data)
+    images = _readable(found, peers)
     if not images:
         raise EvalDataError(f"{val_data}: no image can be read; the log names them with their reasons.")
     data = EvalSet(images, val_data)
@@ -136,11 +139,29 @@ def _validation_set(val_data: str, is_csv: bool, image_key: str, caption_key: st
     return data
 
 
-def _is_readable(image: CaptionedImage) -> bool:
-    """Whether it decodes; if not, the log says why. A run of hours must not end because of one broken image."""
+def _readable(images: list[CaptionedImage], peers: Peers) -> list[CaptionedImage]:
+    """Those that decode; the log names the others: a run of hours must not end because of one broken image.
+
+    One rank tries each image and tells the others, so that all go on with the same ones whatever a store did to one.
+    """
+    world = peers.world
+    errors: list[Any] = [[_read_error(image) for image in images[peers.rank :: world]]] * world
+    if world > 1:
+        dist.all_gather_object(errors, errors[peers.rank])
+    readable = []
+    for number, image in enumerate(images):
+        error = errors[number % world][number // world]
+        if error is None:
+            readable.append(image)
+        elif peers.rank == 0:
+            _log.warning("Left out of the retrieval metrics: %s", error)
+    return readable
+
+
+def _read_error(image: CaptionedImage) -> str | None:
+    """Why the image does not decode; None if it does."""
     try:
         load_image(image)
     except EvalDataError as error:
-        _log.warning("Left out of the retrieval metrics: %s", error)
-        return False
-    return True
+        return str(error)
+    return None

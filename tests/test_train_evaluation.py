@@ -16,12 +16,14 @@ import open_clip
 import open_clip_train.train
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from retrieval_data import Oracle, Tokenizer, randomise, write_captioned_scenes, write_shards
 
 from msa_openclip import train_evaluation
 from msa_openclip.eval_data import EvalDataError, EvalSet
 from msa_openclip.eval_readers import read_shards
-from msa_openclip.evaluation import evaluate
+from msa_openclip.evaluation import Peers, evaluate
 from msa_openclip.scoring import Scorer
 
 Train = Callable[..., list[dict[str, float]]]
@@ -220,6 +222,28 @@ def test_a_broken_image_is_left_out_and_named(tmp_path: Path, caplog: pytest.Log
     train_evaluation._validation_set.cache_clear()
     with pytest.raises(EvalDataError, match="no image can be read; the log names them"):
         train_evaluation.retrieval_metrics(model, arguments(str(sound), tmp_path, dataset_type="csv"), tokenizer)
+
+
+def reading_rank(rank: int, world_size: int, folder: str) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    try:
+        os.chdir(f"{folder}/{rank}")
+        data = train_evaluation._validation_set("val.csv", True, "filepath", "title", "\t", Peers(rank, world_size))
+        (Path(folder) / f"{rank}.json").write_text(json.dumps([image.captions[0] for image in data.images]))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ranks_go_on_with_the_same_images_where_one_cannot_read_all(tmp_path: Path) -> None:
+    for rank in range(2):
+        source = write_captioned_scenes(tmp_path / str(rank), count=5)
+        images = sorted((source.parent / "images").iterdir())
+        lines = [f"images/{path.name}\tcaption {number}" for number, path in enumerate(images)]
+        (source.parent / "val.csv").write_text("\n".join(["filepath\ttitle", *lines]))
+    images[3].write_bytes(b"what rank 1 gets of an image that it tries")
+    torch.multiprocessing.spawn(reading_rank, (2, str(tmp_path)), nprocs=2)
+    kept = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert kept == [[f"caption {number}" for number in (0, 1, 2, 4)]] * 2
 
 
 def test_bad_setting_and_bad_shards_are_named(
