@@ -54,7 +54,7 @@ class Variant:
     options: tuple[str, ...] = ()
     """More options for open_clip_train.main."""
     trial: str | None = None
-    """A loss of ucm_trials.py."""
+    """A loss of ucm_trials.py, and the batches that it is for."""
     shuffled: float = 0.0
     """Share of training images with the captions of another image."""
 
@@ -89,6 +89,7 @@ VARIANTS: dict[str, Variant] = {
     # What counts as a pair.
     "copies-are-negatives": loss(identical_captions=False),
     "near-copies-are-positives": Variant(trial="near-copies-are-positives"),
+    "two-captions": Variant(trial="two-captions", options=("--workers", "0")),  # its batches: in this process only
     "weakest-pairs-dropped": Variant(trial="weakest-pairs-dropped"),
     # Text.
     "padding-attended": Variant(msa={"text_tokens": {"padding": True}}),

@@ -1,4 +1,4 @@
-"""Losses that were tried against the default on UCM-Captions and are not part of the package; for ucm_accuracy.py.
+"""What was tried against the default on UCM-Captions and is not part of the package; for ucm_accuracy.py.
 
 python benchmarks/ucm_trials.py TRIAL ARGUMENTS      ARGUMENTS of open_clip_train.main, which then trains with it
 """
@@ -6,12 +6,15 @@ python benchmarks/ucm_trials.py TRIAL ARGUMENTS      ARGUMENTS of open_clip_trai
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+from open_clip_train.data import detshuffle2
 from open_clip_train.main import main as train
 from torch import Tensor
 
-from msa_openclip import loss
+from msa_openclip import data, loss
 from msa_openclip.loss import Block, MSALoss
 from msa_openclip.mscmat import fused_scores
 
@@ -62,6 +65,23 @@ class FusedScoreTeaches(MSALoss):
         return (teacher.exp() * (teacher - students)).sum(dim=(0, -1)).mean()
 
 
+class TwoCaptions(MSALoss):
+    """A batch of half as many images, each twice, with two of its captions; both are positives of both."""
+
+    def _positive(self, own: Tensor, count: int, text_ids: Tensor | None) -> Tensor:
+        image = torch.arange(count, device=own.device) // 2
+        return super()._positive(own, count, text_ids) | (image[own, None] == image[None, :])
+
+
+class EachTwice(detshuffle2):  # type: ignore[misc]
+    """Shuffled samples, each twice in a row: with one half of its captions to draw from, then with the other."""
+
+    def run(self, samples: Iterator[Any]) -> Iterator[Any]:
+        for sample in super().run(samples):
+            for half in range(2):
+                yield sample | {"captions": sample["captions"][half::2]}
+
+
 def rows(block: Block, kept: Tensor) -> Block:
     """The block with some of its queries."""
     match = None if block.match is None else block.match[:, kept]
@@ -81,12 +101,15 @@ TRIALS: dict[str, type[MSALoss]] = {
     "near-copies-are-positives": NearCopiesArePositives,
     "weakest-pairs-dropped": WeakestPairsDropped,
     "fused-score-teaches": FusedScoreTeaches,
+    "two-captions": TwoCaptions,
 }
 
 
 def main() -> None:
-    """Train with the loss that the first argument names."""
+    """Train with the loss that the first argument names, and with the batches that it is for."""
     loss.MSALoss = TRIALS[sys.argv[1]]  # type: ignore[misc]
+    if loss.MSALoss is TwoCaptions:
+        data.detshuffle2 = EachTwice
     train(sys.argv[2:])
 
 
