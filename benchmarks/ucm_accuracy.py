@@ -6,8 +6,9 @@
 
 Every run is `python -m open_clip_train.main` on the same shards with the same towers (ResNet-18 at 96 px and a small
 transformer, from scratch), epochs, batches and augmentation; plain CLIP is open_clip's own model with open_clip's own
-loss.  The learning rate is chosen for each of the three sides from one grid by validation (seed 0), the epoch of each
-run by validation; test images are seen once, by the chosen epoch.  Runs that are finished are not repeated.
+loss.  The learning rate is chosen from one grid by validation (seed 0) for each of the three sides, whose changes take
+it over, and for each use of the pretrained text tower; the epoch of each run by validation; test images are seen once,
+by the chosen epoch.  Runs that are finished are not repeated.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ VARIANTS: dict[str, Variant] = {
     # What counts as a pair.
     "copies-are-negatives": loss(identical_captions=False),
     "near-copies-are-positives": Variant(trial="near-copies-are-positives"),
-    "two-captions": Variant(trial="two-captions", options=("--workers", "0")),  # its batches: in this process only
+    "two-captions": Variant(trial="two-captions", options=("--workers", "0")),  # batches of this process
     "weakest-pairs-dropped": Variant(trial="weakest-pairs-dropped"),
     # Text.
     "padding-attended": Variant(msa={"text_tokens": {"padding": True}}),
@@ -151,10 +152,15 @@ def minilm() -> dict[str, Any]:
 
 
 def side(variant: str) -> str:
-    """Which of MAIN a variant changes, and whose learning rate it takes."""
+    """Which of MAIN a variant changes."""
     if variant in MAIN:
         return variant
     return "clip" if VARIANTS[variant].msa is None else "default"
+
+
+def rate(chosen: dict[str, float], variant: str) -> float:
+    """Its own learning rate where one was chosen for it, else its side's."""
+    return chosen[variant if variant in chosen else side(variant)]
 
 
 class Study:
@@ -277,13 +283,14 @@ def main() -> None:
     study = Study(options)
     sides = {side(name) for name in options.only}
     compared = [name for name in MAIN if name in sides]
-    study.prepare({*compared, *options.only})
-    grid = study.run_all(Run(name, lr, 0) for name in compared for lr in options.lrs)
+    changed = [name for name in options.only if name not in MAIN]
+    study.prepare({*compared, *changed})
+    tuned = compared + [name for name in changed if VARIANTS[name].minilm]
+    grid = study.run_all(Run(name, lr, 0) for name in tuned for lr in options.lrs)
     best = {row["variant"]: row["lr"] for row in sorted(grid, key=lambda row: row["val"])}  # the last one stays
     print("Learning rates chosen on val: " + ", ".join(f"{name} {lr:g}" for name, lr in best.items()))
     repeated = study.run_all(Run(name, best[name], seed) for seed in options.seeds for name in compared)
-    changed = [name for name in options.only if name not in MAIN]
-    ablation = study.run_all(Run(name, best[side(name)], seed) for seed in options.ablation_seeds for name in changed)
+    ablation = study.run_all(Run(name, rate(best, name), seed) for seed in options.ablation_seeds for name in changed)
     rows = {json.dumps(row): row for row in [*grid, *repeated, *ablation]}
     found = {"command": shlex.join(["python", *sys.argv]), "chosen_lr": best, "runs": list(rows.values())}
     study.results.write_text(json.dumps(found, indent=1))
@@ -314,8 +321,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def report(found: dict[str, Any], plot: Path | None) -> None:
     """Markdown tables: recalls of the three sides, then mR of every variant beside its side's same seeds."""
-    rates = found["chosen_lr"]
-    runs = [row for row in found["runs"] if row["lr"] == rates.get(side(row["variant"]))]
+    runs = [row for row in found["runs"] if row["lr"] == rate(found["chosen_lr"], row["variant"])]
     by_variant = {name: [row for row in runs if row["variant"] == name] for name in VARIANTS}
     print("| | seeds | ranking | " + " | ".join(RECALLS) + " |\n|---|---|---|" + "---|" * len(RECALLS))
     for name in MAIN:

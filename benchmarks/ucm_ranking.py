@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from ucm_accuracy import mean_sd, side
+from ucm_accuracy import mean_sd, rate
 
 from msa_openclip.config import Ranking
 from msa_openclip.eval_data import EvalSet
@@ -131,7 +131,7 @@ def main() -> None:
     rows = []
     for path in sorted(options.study.glob("logs/*/row.json")):
         found = json.loads(path.read_text())
-        if found["variant"] in options.only and found["lr"] == chosen.get(side(found["variant"])):
+        if found["variant"] in options.only and found["lr"] == rate(chosen, found["variant"]):
             rows.append(row(path.parent, found, splits))
             print(json.dumps(rows[-1]))
     for variant in options.only:
