@@ -145,9 +145,10 @@ def _readable(images: list[CaptionedImage], peers: Peers) -> list[CaptionedImage
     One rank tries each image and tells the others, so that all go on with the same ones whatever a store did to one.
     """
     world = peers.world
-    errors: list[Any] = [[_read_error(image) for image in images[peers.rank :: world]]] * world
+    mine = [_read_error(image) for image in images[peers.rank :: world]]
+    errors: list[Any] = [mine] * world
     if world > 1:
-        dist.all_gather_object(errors, errors[peers.rank])
+        dist.all_gather_object(errors, mine)
     readable = []
     for number, image in enumerate(images):
         error = errors[number % world][number // world]
