@@ -74,10 +74,12 @@ def test_a_script_without_main_guard_can_build_in_parallel_and_runs_once(tmp_pat
 
 ENDLESS = """
 import os
+import signal
 import time
 from pathlib import Path
 from msa_openclip.shards import shard_writer
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what they run in the background ignore Ctrl-C
 prepare, calls = shard_writer.prepare, []
 
 def third_never_ends(*arguments):
