@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ def sharded_rank(rank: int, world_size: int, folder: str) -> None:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # now and then a thread of torch's is still running when the interpreter ends, which aborts the process
 
 
 def whole(gradient: Tensor) -> Tensor:
