@@ -14,8 +14,9 @@ test: install  ## Run the whole test suite: make test [ARGS="-k loss"]
 
 lint: install  ## Lint and type checks
 	$(BIN)/ruff check .
-	$(BIN)/mypy msa_openclip
-	$(BIN)/mypy shards
+	rm -rf out/types
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target out/types .
+	cd out/types && MYPYPATH=. $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p msa_openclip  # as installed: one package
 
 install: $(BIN)/.installed
 

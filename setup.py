@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
@@ -58,7 +58,11 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["msa_openclip", "msa_openclip.model_configs", "msa_openclip.shards"],
+    packages=[
+        *find_packages(include=["msa_openclip", "msa_openclip.*"]),
+        # The user's top level: these two lie beside the package and are installed inside it.
+        *(f"msa_openclip.{name}" for name in find_packages(include=["model_configs", "shards", "shards.*"])),
+    ],
     package_dir={
         "msa_openclip": "msa_openclip",
         "msa_openclip.model_configs": "model_configs",
@@ -70,7 +74,7 @@ setup(
     entry_points={
         # torch calls every entry point of this group at the end of `import torch`.
         "torch.backends": ["msa_openclip = msa_openclip.autoload:activate"],
-        "console_scripts": ["msa-openclip = msa_openclip.cli:main"],
+        "console_scripts": ["msa-openclip = msa_openclip.commands.main:main"],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -14,7 +14,7 @@ import torch
 from machine import cpu_name
 from torch import Tensor
 
-from msa_openclip.pair_scores import ImageSide, TextSide
+from msa_openclip.pair_scores.formula import ImageSide, TextSide
 
 SCALES, HEADS, WIDTH, TOKENS = 4, 12, 64, 30
 FLOPS_PER_PAIR = 4 * HEADS * WIDTH * TOKENS * SCALES

@@ -28,10 +28,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+from helpers.pair_oracle import Mscmat
 from pair_common import FLOPS_PER_PAIR, HEADS, SCALES, TOKENS, WIDTH, medians, random_sides, record, seconds, step
-from pair_oracle import Mscmat
 
-from msa_openclip.pair_scores import TextSide, eager_attention, logits_with, match_logits
+from msa_openclip.pair_scores.formula import TextSide, eager_attention, logits_with, match_logits
 
 MEBIBYTE = 1 << 20
 RSICD_TEST_IMAGES, RSICD_TEST_CAPTIONS = 1093, 5465

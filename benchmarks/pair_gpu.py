@@ -21,8 +21,8 @@ import torch
 from pair_common import FLOPS_PER_PAIR, SCALES, medians, random_sides, record, step
 from torch import Tensor
 
-from msa_openclip import pair_scores_triton
-from msa_openclip.pair_scores import ImageSide, TextSide, eager_attention, logits_with, match_logits
+from msa_openclip.pair_scores import triton_kernels as pair_scores_triton
+from msa_openclip.pair_scores.formula import ImageSide, TextSide, eager_attention, logits_with, match_logits
 
 GIBIBYTE = 1 << 30
 # Error allowed against float64, as a share of the largest value: a few roundings of the operands' precision.

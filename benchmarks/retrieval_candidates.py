@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
-from msa_openclip.eval_readers import read_captions
-from msa_openclip.image_index import ImageIndex
-from msa_openclip.index import build_index
-from msa_openclip.loading import load
-from msa_openclip.search import Searcher
+from msa_openclip.data.readers import read_captions
+from msa_openclip.evaluation.loading import load
+from msa_openclip.search.build import build_index
+from msa_openclip.search.index import ImageIndex
+from msa_openclip.search.searcher import Searcher
 
 
 def main() -> None:

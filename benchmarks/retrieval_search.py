@@ -24,13 +24,13 @@ import torch
 from numpy.typing import NDArray
 from retrieval_common import WARM_UP, timings, write_result
 
-from msa_openclip.image_index import ImageIndex
-from msa_openclip.index import fingerprint
-from msa_openclip.index_files import Manifest, write_manifest, write_segment
-from msa_openclip.loading import LoadedModel, load
-from msa_openclip.nearest import nearest
-from msa_openclip.scoring import EncodedTexts, Scorer
-from msa_openclip.search import Searcher, scan
+from msa_openclip.evaluation.loading import LoadedModel, load
+from msa_openclip.evaluation.scorer import EncodedTexts, Scorer
+from msa_openclip.search.build import fingerprint
+from msa_openclip.search.files import Manifest, write_manifest, write_segment
+from msa_openclip.search.index import ImageIndex
+from msa_openclip.search.nearest import nearest
+from msa_openclip.search.searcher import Searcher, scan
 
 CENTRES, SEGMENT = 2_000, 50_000
 KNOWN = {"place": {"url": "nowhere.tar", "offset": 512, "size": 20000}, "captions": [], "label": "x", "about": {}}

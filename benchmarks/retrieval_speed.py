@@ -20,15 +20,16 @@ import torch
 import torch.nn.functional as F
 from retrieval_common import write_result
 
-from msa_openclip import evaluation
-from msa_openclip.eval_data import CaptionedImage, EvalSet
-from msa_openclip.eval_readers import read_shards
-from msa_openclip.evaluation import EvalOptions, evaluate
-from msa_openclip.index import build_index
-from msa_openclip.loading import LoadedModel, load
-from msa_openclip.pair_scores import TextSide
-from msa_openclip.pixels import batches, load_image
-from msa_openclip.scoring import EncodedImages, EncodedTexts, Scorer
+from msa_openclip.data.captioned import CaptionedImage
+from msa_openclip.data.pixels import batches, load_image
+from msa_openclip.data.readers import read_shards
+from msa_openclip.evaluation import evaluate as evaluation
+from msa_openclip.evaluation.eval_set import EvalSet
+from msa_openclip.evaluation.evaluate import EvalOptions, evaluate
+from msa_openclip.evaluation.loading import LoadedModel, load
+from msa_openclip.evaluation.scorer import EncodedImages, EncodedTexts, Scorer
+from msa_openclip.pair_scores.formula import TextSide
+from msa_openclip.search.build import build_index
 from msa_openclip.shards.records import Location
 
 CAPTION_TOKENS = 16

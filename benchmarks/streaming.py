@@ -30,7 +30,7 @@ import torch
 from machine import cpu_name
 from open_clip_train.params import parse_args
 
-from msa_openclip import streams
+from msa_openclip.data import streams
 
 LOADERS = ("open_clip", "msa_openclip")
 

@@ -28,13 +28,13 @@ from torch import Tensor, multiprocessing
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+from helpers.traffic import counted, nbytes
 from pair_common import medians, random_sides, record
-from traffic import counted, nbytes
 from training_step import training_step
 
 from msa_openclip import MSALoss
 from msa_openclip.config import MSACfg
-from msa_openclip.mscmat import IMAGE_SIDE_KEYS, TEXT_SIDE_KEYS
+from msa_openclip.model.mscmat import IMAGE_SIDE_KEYS, TEXT_SIDE_KEYS
 
 FEATURES = 512
 MSA = MSACfg.from_dict({"image_scales": [{"stage": stage} for stage in (1, 2, 3, 4)], "heads": 12})

@@ -14,9 +14,10 @@ from open_clip_train.data import detshuffle2
 from open_clip_train.main import main as train
 from torch import Tensor
 
-from msa_openclip import data, loss
-from msa_openclip.loss import Block, MSALoss
-from msa_openclip.mscmat import fused_scores
+from msa_openclip.model.mscmat import fused_scores
+from msa_openclip.training import loader as data
+from msa_openclip.training import loss
+from msa_openclip.training.loss import MSALoss, ScoreBlock
 
 
 class NearCopiesArePositives(MSALoss):
@@ -38,7 +39,7 @@ class WeakestPairsDropped(MSALoss):
 
     dropped = 0.1
 
-    def _terms(self, per_image: Block, per_text: Block, logit_scale: Tensor) -> dict[str, Tensor]:
+    def _terms(self, per_image: ScoreBlock, per_text: ScoreBlock, logit_scale: Tensor) -> dict[str, Tensor]:
         belief = torch.zeros(len(per_image.pair), device=per_image.pair.device)
         for block in (per_image, per_text):
             scores = fused_scores(block.cosine, block.match, logit_scale, self.msa_cfg.ranking).detach().float()
@@ -52,12 +53,12 @@ class FusedScoreTeaches(MSALoss):
 
     weight = 0.25
 
-    def _terms(self, per_image: Block, per_text: Block, logit_scale: Tensor) -> dict[str, Tensor]:
+    def _terms(self, per_image: ScoreBlock, per_text: ScoreBlock, logit_scale: Tensor) -> dict[str, Tensor]:
         terms = super()._terms(per_image, per_text, logit_scale)
         both = [self._taught(block, logit_scale) for block in (per_image, per_text)]
         return terms | {"taught_loss": self.weight * (both[0] + both[1]) / 2}
 
-    def _taught(self, block: Block, logit_scale: Tensor) -> Tensor:
+    def _taught(self, block: ScoreBlock, logit_scale: Tensor) -> Tensor:
         assert block.match is not None
         scores = fused_scores(block.cosine, block.match, logit_scale, self.msa_cfg.ranking)
         teacher = scores.detach().float().log_softmax(dim=-1)
@@ -82,10 +83,10 @@ class EachTwice(detshuffle2):  # type: ignore[misc]
                 yield sample | {"captions": sample["captions"][half::2]}
 
 
-def rows(block: Block, kept: Tensor) -> Block:
+def rows(block: ScoreBlock, kept: Tensor) -> ScoreBlock:
     """The block with some of its queries."""
     match = None if block.match is None else block.match[:, kept]
-    return Block(block.cosine[kept], match, block.positive[kept], block.pair[kept])
+    return ScoreBlock(block.cosine[kept], match, block.positive[kept], block.pair[kept])
 
 
 def word_overlap(ids: Tensor) -> Tensor:

@@ -13,19 +13,19 @@ from .autoload import activate
 
 if TYPE_CHECKING:
     from .config import MSACfg
-    from .loss import MSALoss
-    from .model import MSACLIP
-    from .pair_scores import ImageSide, TextSide, match_logits
+    from .model.msaclip import MSACLIP
+    from .pair_scores.formula import ImageSide, TextSide, match_logits
+    from .training.loss import MSALoss
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "MSACfg": "config",
-    "MSACLIP": "model",
-    "MSALoss": "loss",
-    "ImageSide": "pair_scores",
-    "TextSide": "pair_scores",
-    "match_logits": "pair_scores",
+    "MSACLIP": "model.msaclip",
+    "MSALoss": "training.loss",
+    "ImageSide": "pair_scores.formula",
+    "TextSide": "pair_scores.formula",
+    "match_logits": "pair_scores.formula",
 }
 
 __all__ = ["MSACLIP", "ImageSide", "MSACfg", "MSALoss", "TextSide", "activate", "match_logits"]

@@ -58,7 +58,7 @@ def _extend_after_execution(spec: importlib.machinery.ModuleSpec) -> None:
 def extend(module: ModuleType) -> None:
     """Extend a watched module; a failure is logged, open_clip itself goes on working."""
     try:
-        from . import registration
+        from .plugin import registration
 
         registration.extend(module)
     except Exception:

@@ -1,9 +1,9 @@
 """Shard builder: captions and images -> WebDataset shards that open_clip reads.  Imports nothing of torch."""
 
-from .build import BuildSummary, build
+from .building.build import BuildSummary, build
+from .checks.verify import Verification, verify
 from .options import BuildOptions, ImageOptions, ReadOptions
 from .records import ShardError
-from .verify import Verification, verify
 
 __all__ = [
     "BuildOptions",

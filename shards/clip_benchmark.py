@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
-from . import manifest, store
+from . import manifest
 from .records import ShardError
+from .storage import store
 
 
 def link_for_clip_benchmark(folder: str, out: str) -> str:

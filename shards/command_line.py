@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args, get_origin, get_type_hints
 
-from . import store
-from .build import build
-from .engines import ENGINES
+from .building.build import build
+from .checks.verify import verify
 from .options import BuildOptions, ImageOptions, ReadOptions
 from .records import ShardError
-from .verify import verify
+from .running.engines import ENGINES
+from .storage import store
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,7 +122,7 @@ def _run_build(parsed: argparse.Namespace, read: ReadOptions) -> None:
     )
     print(summary.text())
     if parsed.report and not parsed.dry_run:
-        from . import report, report_page
+        from .checks import report, report_page
 
         made = report.report([parsed.out])
         store.write_bytes(store.join(parsed.out, "report.json"), made.json().encode())
@@ -178,7 +178,7 @@ def _add_info(commands: Any) -> None:
 
 
 def _info(parsed: argparse.Namespace) -> None:
-    from . import report, report_page
+    from .checks import report, report_page
 
     made = report.report(
         parsed.folders, near_bits=parsed.look_alikes, tokenizer=parsed.tokenizer, progress=not parsed.quiet
@@ -218,7 +218,7 @@ def _add_synthesize(commands: Any) -> None:
 
 
 def _synthesize(parsed: argparse.Namespace) -> None:
-    from .scenes import synthesize
+    from .synthetic.scenes import synthesize
 
     counts = {"train": parsed.train, "val": parsed.val, "test": parsed.test}
     with tempfile.TemporaryDirectory() as scratch:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy
 import PIL
 
-from . import store
+from .building.writer import ShardResult
 from .options import BuildOptions
 from .records import SPLITS, Rejection, ShardError
-from .shard_writer import ShardResult
+from .storage import store
 
 FORMAT = 1
 FILES = ("manifest.json", "sizes.json", "rejected.jsonl")

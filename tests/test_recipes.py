@@ -12,17 +12,17 @@ from pathlib import Path
 from types import ModuleType
 
 import open_clip
-import published_files
 import pytest
 import torch
+from helpers import published_files
+from helpers.shards_data import tar_members
 from open_clip_train.params import parse_args
-from shards_data import tar_members
 
-from msa_openclip import cli
-from msa_openclip.run_parameters import read_parameters
-from msa_openclip.run_plot import read_curves
+from msa_openclip.commands import main as cli
+from msa_openclip.commands.steps import CLI, StepError, run
+from msa_openclip.evaluation.run_parameters import read_parameters
+from msa_openclip.reports.run_plot import read_curves
 from msa_openclip.shards import manifest
-from msa_openclip.steps import CLI, StepError, run
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SETS = ("rsitmd", "rsicd", "ucm", "sydney", "nwpu")

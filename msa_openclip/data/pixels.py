@@ -1,0 +1,56 @@
+"""From the places of images to pixels: decoded as shards would hold them, preprocessed, in batches."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..shards.imagery import prepare as shard_images
+from ..shards.options import ImageOptions
+from .captioned import CaptionedImage, EvalDataError
+from .streams import read_location
+
+Preprocess = Callable[[Image.Image], Tensor]
+"""RGB image -> (3, h, w)."""
+
+
+def load_image(image: CaptionedImage) -> Image.Image:
+    """Decode an image as shards would hold it: RGB, upright, 8 bit; from TIFF and others, too.
+
+    Raises:
+        EvalDataError: it cannot be read or decoded.
+    """
+    try:
+        ready = shard_images.prepare(read_location(image.location), ImageOptions())
+        return Image.open(io.BytesIO(ready.data)).convert("RGB")
+    except Exception as error:  # Pillow raises nearly everything for one broken file or another
+        raise EvalDataError(f"{image.location.url}: image {image.image_id} cannot be read: {error}") from error
+
+
+class _Pixels(Dataset[Tensor]):
+    def __init__(self, images: Sequence[CaptionedImage], preprocess: Preprocess) -> None:
+        self.images, self.preprocess = images, preprocess
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.preprocess(load_image(self.images[index]))
+
+
+def batches(
+    images: Sequence[CaptionedImage], preprocess: Preprocess, chosen: Iterable[Sequence[int]], workers: int = 0
+) -> Iterator[Tensor]:
+    """Preprocessed pixels (B, 3, h, w) of each batch of indices; draws nothing from the global random generator."""
+    loader = DataLoader(
+        _Pixels(images, preprocess),
+        batch_sampler=[list(batch) for batch in chosen],
+        num_workers=workers,
+        generator=torch.Generator(),
+    )
+    yield from loader

@@ -1,0 +1,1 @@
+"""Models as scorers, and the retrieval and classification metrics of the field."""

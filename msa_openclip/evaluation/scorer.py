@@ -1,0 +1,169 @@
+"""Any open_clip model as a scorer of images against texts: by global features and, for MSA, by MSCMAT and both fused.
+
+Shapes: I images, T texts, S scales, R rankings, E embed_dim.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from open_clip import get_input_dtype
+from open_clip_train.precision import get_autocast
+from torch import Tensor, nn
+
+from ..model.msaclip import MSACLIP
+from ..model.towers import pad_id, token_mask
+from ..pair_scores.formula import ImageSide, TextSide
+
+Tokenizer = Callable[[list[str]], Tensor]
+"""Captions -> token ids (T, L)."""
+
+
+class EncodedImages(NamedTuple):
+    """What scoring needs of images, in float32."""
+
+    feature: Tensor
+    """(I, E) normalised global features."""
+    side: ImageSide | None
+    """The image side of the pair stage, where the model has one."""
+
+    def fields(self) -> tuple[Tensor, ...]:
+        """Every tensor, batch-first."""
+        return (self.feature, *(self.side or ()))
+
+    @classmethod
+    def of(cls, fields: tuple[Tensor, ...]) -> EncodedImages:
+        """The inverse of `fields`."""
+        return cls(fields[0], ImageSide(*fields[1:]) if len(fields) > 1 else None)
+
+
+class EncodedTexts(NamedTuple):
+    """What scoring needs of texts, in float32."""
+
+    feature: Tensor
+    """(T, E) normalised global features."""
+    side: TextSide | None
+    """The text side of the pair stage, cut to the longest text, where the model has one."""
+
+
+def without_padding(model: MSACLIP, ids: Tensor) -> tuple[MSACLIP, Tensor]:
+    """Token ids (T, L) cut to the longest text, and the model to read them: a view that shares all weights.
+
+    Captions take a quarter of CLIP's 77 positions.  What comes behind them changes nothing where attention is causal
+    or leaves padding out; where it does not, the ids stay as they are.
+    """
+    text, cut = model.text, ids[:, : _longest(token_mask(ids, pad_id(model.text)))]
+    if model.msa_cfg.text_tokens.padding:
+        return model, ids
+    if not hasattr(text, "attn_mask"):  # a Hugging Face tower, which masks padding
+        return model, cut
+    if text.attn_mask is None or text.cls_emb is not None or text.pool_type not in ("argmax", "eos"):
+        return model, ids
+    view, short, length = copy.copy(model), copy.copy(text), cut.shape[1]
+    short._buffers = {**text._buffers, "attn_mask": text.attn_mask[:length, :length]}  # open_clip 3.3 does not cut it
+    view._modules = {**model._modules, "text": short}
+    return view, cut
+
+
+def _longest(mask: Tensor) -> int:
+    """Length of the longest text of a mask (T, N), at least 1."""
+    attended = mask.any(dim=0).nonzero()
+    return int(attended[-1]) + 1 if len(attended) else 1
+
+
+class Scorer:
+    """Encodes with one model and scores by each of its rankings.
+
+    The rankings are `global` (cosine) and, with MSCMAT, `match` (mean of the scales), `fused` (the model's
+    `rank_scores`), and both with one scale alone: `match_scale1`, ..., `fused_scale1`, ...  Encoding runs in the given
+    precision, scoring in float32.
+
+    Args:
+        model: any open_clip model, on its device, in its precision (open_clip's `precision` of `create_model`).
+        precision: as for open_clip_train, `fp32`, `amp`, `amp_bf16`, `bf16`, `pure_bf16`, ...
+    """
+
+    def __init__(self, model: nn.Module, precision: str = "fp32") -> None:
+        self.model: Any = model
+        self.device = next(model.parameters()).device
+        self.input_dtype = get_input_dtype(precision)
+        self._autocast = get_autocast(precision, device_type=self.device.type)
+        self.has_match = isinstance(model, MSACLIP) and model.mscmat is not None
+        self.scales = len(model.mscmat.scales) if isinstance(model, MSACLIP) and model.mscmat is not None else 0
+
+    @property
+    def rankings(self) -> tuple[str, ...]:
+        """Names of the R rankings, in the order of `scores`."""
+        if not self.has_match:
+            return ("global",)
+        numbers = range(1, self.scales + 1)
+        alone = (f"{name}_scale{number}" for name in ("match", "fused") for number in numbers)
+        return ("global", "match", "fused", *alone)
+
+    @property
+    def main_ranking(self) -> str:
+        """The one that speaks for the model: fused, where there is one."""
+        return "fused" if self.has_match else "global"
+
+    def images(self, pixels: Tensor) -> EncodedImages:
+        """Encode preprocessed images (I, 3, h, w)."""
+        pixels = pixels.to(self.device, self.input_dtype)
+        with torch.inference_mode(), self._cast():
+            if self.has_match:
+                feature, side = self.model.image_side(pixels)
+                return EncodedImages(feature.float(), ImageSide(*(field.float() for field in side)))
+            return EncodedImages(F.normalize(self.model.encode_image(pixels).float(), dim=-1), None)
+
+    def project(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What an index keeps of images (I, 3, h, w): global features (I, E) and MSCMAT's vectors m (I, S, D)."""
+        pixels = pixels.to(self.device, self.input_dtype)
+        with torch.inference_mode(), self._cast():
+            if not self.has_match:
+                return F.normalize(self.model.encode_image(pixels).float(), dim=-1), None
+            feature, pooled = self.model.pooled_scales(pixels)
+            return feature.float(), self.model.mscmat.project_image(pooled).float()
+
+    def fold(self, feature: Tensor, projected: Tensor | None) -> EncodedImages:
+        """Global features (I, E) and vectors m (I, S, D) of an index, ready to score."""
+        if projected is None:
+            return EncodedImages(feature, None)
+        with torch.inference_mode(), self._cast():
+            side = self.model.mscmat.fold_projected(projected.to(self.device, self.input_dtype))
+            return EncodedImages(feature, ImageSide(*(field.float() for field in side)))
+
+    def texts(self, ids: Tensor) -> EncodedTexts:
+        """Encode token ids (T, L)."""
+        ids = ids.to(self.device)
+        with torch.inference_mode(), self._cast():
+            if not self.has_match:
+                return EncodedTexts(F.normalize(self.model.encode_text(ids).float(), dim=-1), None)
+            model, ids = without_padding(self.model, ids)
+            feature, side = model.text_side(ids)
+            length = _longest(side.mask)
+            key, value = side.key[:, :, :length].float(), side.value[:, :, :length].float()
+            return EncodedTexts(feature.float(), TextSide(key, value, side.feature.float(), side.mask[:, :length]))
+
+    def scores(self, images: EncodedImages, texts: EncodedTexts) -> Tensor:
+        """Scores of every image with every text by every ranking, (R, I, T) float32."""
+        with torch.inference_mode():
+            cosine = images.feature @ texts.feature.T
+            if images.side is None or texts.side is None:
+                return cosine[None]
+            match = self.model.match_scores(images.side, texts.side).float()
+            fused = [self.model.rank_scores(cosine, part).float() for part in (match, *match.split(1))]
+            return torch.stack([cosine, match.mean(dim=0), fused[0], *match, *fused[1:]])
+
+    def bytes_per_pair(self, texts: EncodedTexts) -> int:
+        """Working memory that `scores` and counting take per pair of an image and a text, from above."""
+        rankings = len(self.rankings)
+        attention = 0 if texts.side is None else texts.side.key.shape[2] * texts.side.key.shape[3]
+        return 4 * (6 * attention + 4 * rankings) + 64
+
+    def _cast(self) -> AbstractContextManager[Any]:
+        context: AbstractContextManager[Any] = self._autocast()
+        return context

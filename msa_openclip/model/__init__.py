@@ -1,0 +1,1 @@
+"""The dual encoder: multi-scale towers, MSCMAT's learned maps, and checkpoints of the released code."""

@@ -1,0 +1,224 @@
+"""MSACLIP: open_clip's dual encoder with multi-scale image features and MSCMAT (METHOD section 1).
+
+Shapes: I images, T texts, S scales, C_s channels of scale s, N text tokens, E embed_dim.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from open_clip import CustomTextCLIP
+from torch import Tensor, nn
+
+from ..config import MSACfg
+from ..pair_scores.formula import ImageSide, TextSide
+from .mscmat import IMAGE_SIDE_KEYS, MSCMAT, TEXT_SIDE_KEYS, fused_scores, match_scores
+from .towers import GatedScales, ImageScales, TowerPlusScales, pad_id, text_token_width, token_mask, unused_parameters
+
+_log = logging.getLogger(__name__)
+
+# What state dicts of OpenAI's own archives hold beside parameters.
+_ARCHIVE_KEYS = ("input_resolution", "context_length", "vocab_size")
+
+
+class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
+    """A CLIP model whose image tower speaks at several scales and whose MSCMAT scores pairs at each of them.
+
+    Built by `open_clip.create_model` for every model configuration with the key `msa_cfg`.
+
+    Args:
+        embed_dim: E.
+        vision_cfg: image tower, as for every open_clip model.
+        text_cfg: text tower, likewise.
+        msa_cfg: `MSACfg`, or the JSON object that it is parsed from.
+        **clip_kwargs: passed on to open_clip's own class (quick_gelu, cast_dtype, ...).
+    Raises:
+        ValueError: `msa_cfg` is wrong, or does not fit the towers.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        vision_cfg: Any,
+        text_cfg: Any,
+        msa_cfg: MSACfg | Mapping[str, Any],
+        **clip_kwargs: Any,
+    ) -> None:
+        cfg = msa_cfg if isinstance(msa_cfg, MSACfg) else MSACfg.from_dict(msa_cfg)
+        super().__init__(embed_dim, vision_cfg, text_cfg, **clip_kwargs)
+        self.msa_cfg = cfg
+        self.text.output_tokens = True
+        self.image_scales = ImageScales(self.visual, cfg.image_scales)
+        self.fusion = _build_fusion(cfg, self.image_scales.channels, embed_dim)
+        self.mscmat: MSCMAT | None = None
+        if cfg.uses_mscmat:
+            width = cfg.width or embed_dim
+            token_width = text_token_width(self.text)
+            channels = self.image_scales.channels
+            self.mscmat = MSCMAT(channels, token_width, embed_dim, width, cfg.heads, cfg.score)
+        self._check_towers(embed_dim)
+        self._freeze_unused()
+
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        """Images (I, 3, h, w) -> global features (I, E)."""
+        if self.fusion is None:
+            feature: Tensor = self.visual(image)
+        else:
+            feature, _ = self._encode_scales(image)
+        return F.normalize(feature, dim=-1) if normalize else feature
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """Token ids (T, L) -> global features (T, E)."""
+        feature: Tensor = self.text(text)[0]
+        return F.normalize(feature, dim=-1) if normalize else feature
+
+    def image_side(self, image: Tensor) -> tuple[Tensor, ImageSide]:
+        """Images (I, 3, h, w) -> normalised global features (I, E) and the image side of the pair stage."""
+        feature, pooled = self._encode_scales(image)
+        return F.normalize(feature, dim=-1), self.fold_image(pooled)
+
+    def text_side(self, text: Tensor) -> tuple[Tensor, TextSide]:
+        """Token ids (T, L) -> normalised global features (T, E) and the text side of the pair stage."""
+        mscmat = self._require_mscmat()
+        feature, tokens, mask = self._encode_tokens(text)
+        feature = F.normalize(feature, dim=-1)
+        return feature, mscmat.fold_text(tokens, mask, feature)
+
+    def pooled_scales(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Images (I, 3, h, w) -> normalised global features (I, E) and S pooled vectors z_s (I, C_s)."""
+        feature, pooled = self._encode_scales(image)
+        return F.normalize(feature, dim=-1), pooled
+
+    def fold_image(self, pooled: Sequence[Tensor]) -> ImageSide:
+        """S pooled vectors z_s (I, C_s), as an index keeps them -> the image side of the pair stage."""
+        return self._require_mscmat().fold_image(pooled)
+
+    def match_scores(self, images: ImageSide, texts: TextSide) -> Tensor:
+        """Match scores (S, I, T) of every image with every text at every scale, in the form of `msa_cfg.score`."""
+        return match_scores(images, texts, self.msa_cfg.score)
+
+    def rank_scores(self, cosine: Tensor, match: Tensor | None) -> Tensor:
+        """Cosines (I, T) and match scores (S, I, T) -> the fused scores (I, T) of `msa_cfg.ranking`."""
+        return fused_scores(cosine, match, self.logit_scale.exp(), self.msa_cfg.ranking)
+
+    def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Fused scores of images (I, 3, h, w) and token ids (T, L): (I, T) and its transpose."""
+        if self.mscmat is None:
+            image_features, text_features = self.encode_image(image, True), self.encode_text(text, True)
+            match = None
+        else:
+            image_features, images = self.image_side(image)
+            text_features, texts = self.text_side(text)
+            match = self.match_scores(images, texts)
+        logits = self.rank_scores(image_features @ text_features.T, match)
+        return logits, logits.T
+
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> Any:
+        """In training with both inputs a flat dict of batch-first tensors; else what open_clip's own model returns.
+
+        The dict holds `image_features` (B, E), `text_features` (B, E), `logit_scale`, and, as the configured losses
+        need them, `text_ids` (B, L) and the folded sides under IMAGE_SIDE_KEYS and TEXT_SIDE_KEYS.
+        """
+        if not self.training or image is None or text is None:
+            return super().forward(image, text)
+        image_feature, pooled = self._encode_scales(image)
+        text_feature, tokens, mask = self._encode_tokens(text)
+        text_feature = F.normalize(text_feature, dim=-1)
+        output = {
+            "image_features": F.normalize(image_feature, dim=-1),
+            "text_features": text_feature,
+            "logit_scale": self.logit_scale.exp(),
+        }
+        if self.logit_bias is not None:
+            output["logit_bias"] = self.logit_bias
+        if self.mscmat is not None:
+            output.update(zip(IMAGE_SIDE_KEYS, self.mscmat.fold_image(pooled), strict=True))
+            output.update(zip(TEXT_SIDE_KEYS, self.mscmat.fold_text(tokens, mask, text_feature), strict=True))
+        if self.msa_cfg.loss.identical_captions:
+            output["text_ids"] = text
+        return output
+
+    def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """As open_clip's own; what no loss reaches stays frozen in the groups that it leaves unlocked."""
+        super().lock_image_tower(unlocked_groups, freeze_bn_stats)
+        self._freeze_unused()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a checkpoint of this model, or warm-start its towers from one of a plain CLIP model.
+
+        Raises:
+            RuntimeError: the checkpoint fits neither; the message names what is missing, as open_clip's would.
+        """
+        own = {key: value for key, value in self.state_dict().items() if key.startswith(_OWN_PREFIXES)}
+        warm_start = bool(own) and not any(key.startswith(_OWN_PREFIXES) for key in state_dict)
+        if warm_start:
+            state_dict = {**own, **{key: value for key, value in state_dict.items() if key not in _ARCHIVE_KEYS}}
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if warm_start:
+            _log.info("Warm start: towers loaded from a plain CLIP checkpoint, the MSA head keeps its initial values.")
+        return result
+
+    def _encode_scales(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Global features before normalisation (I, E) and pooled vectors z_s."""
+        feature, pooled = self.image_scales(self.visual, image)
+        if self.fusion is not None:
+            feature = self.fusion(feature, pooled)
+        return feature, pooled
+
+    def _encode_tokens(self, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Global features before normalisation (T, E), last hidden states (T, N, C) and the mask (T, N) on them."""
+        feature, tokens = self.text(text)
+        mask = token_mask(text, pad_id(self.text))
+        if self.msa_cfg.text_tokens.padding:
+            mask = mask.new_ones(mask.shape)
+        if tokens.shape[1] < mask.shape[1]:  # the pooler of some Hugging Face towers keeps [CLS] to itself
+            mask = mask[:, 1:]
+        elif not self.msa_cfg.text_tokens.first:
+            tokens, mask = tokens[:, 1:], mask[:, 1:]
+        return feature, tokens, mask
+
+    def _require_mscmat(self) -> MSCMAT:
+        if self.mscmat is None:
+            raise ValueError(
+                "this model was configured without fused, match and consistency terms and has no MSCMAT; "
+                "give msa_cfg.loss.fused_weight a value above 0 to have match scores."
+            )
+        return self.mscmat
+
+    def _check_towers(self, embed_dim: int) -> None:
+        fusion, trunk = self.msa_cfg.fusion, getattr(self.visual, "trunk", None)
+        unprojected = trunk is not None and not trunk.num_classes and len(self.visual.head) == 0
+        if trunk is not None and unprojected and fusion != "scales" and trunk.num_features != embed_dim:
+            raise ValueError(
+                f"vision_cfg.timm_proj: 'none' leaves the image tower {trunk.num_features} features where embed_dim is "
+                f"{embed_dim}. Use 'linear', or msa_cfg.fusion 'scales' instead of {fusion!r}."
+            )
+        if self.msa_cfg.text_tokens.first and type(getattr(self.text, "pooler", None)).__name__ == "ClsPooler":
+            raise ValueError(
+                "msa_cfg.text_tokens.first: text_cfg.hf_pooler_type 'cls_pooler' keeps the first token to itself; "
+                "use 'cls_last_hidden_state_pooler', or set first to false."
+            )
+
+    def _freeze_unused(self) -> None:
+        """Freeze what no loss reaches: a parameter without a gradient would stop DistributedDataParallel."""
+        if not self.msa_cfg.trains_logit_scale:
+            self.logit_scale.requires_grad_(False)
+        if self.msa_cfg.fusion == "scales":
+            for parameter in unused_parameters(self.image_scales, self.visual):
+                parameter.requires_grad_(False)
+        if self.fusion is None and self.mscmat is None:
+            self.image_scales.requires_grad_(False)
+
+
+_OWN_PREFIXES = ("image_scales.", "fusion.", "mscmat.")
+
+
+def _build_fusion(cfg: MSACfg, channels: Sequence[int], embed_dim: int) -> nn.Module | None:
+    if cfg.fusion == "both":
+        return TowerPlusScales(channels, embed_dim)
+    if cfg.fusion == "scales":
+        return GatedScales(channels, embed_dim)
+    return None

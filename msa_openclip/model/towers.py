@@ -1,0 +1,228 @@
+"""An open_clip tower -> its global feature and what MSA takes from inside it: pooled scale vectors, or text tokens.
+
+Towers are told apart by their attributes, not their classes, so that this file needs nothing of open_clip.
+Shapes: I images, T texts, C_s channels of scale s, L positions of a map, N text tokens, E embed_dim.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ImageScale
+
+
+class Stage(NamedTuple):
+    """Where a stage is found in the tower's `forward_intermediates`, and its channels C_s."""
+
+    position: int
+    channels: int
+
+
+def image_stages(visual: Any) -> dict[int, Stage]:
+    """The stages of an image tower by number: stage s of a hierarchical backbone has stride 2^(s + 1); block of a ViT.
+
+    Raises:
+        ValueError: the tower has no intermediate features.
+    """
+    if hasattr(visual, "trunk"):
+        return _timm_stages(visual.trunk)
+    if hasattr(visual, "layer4"):  # ModifiedResNet; its features are stem, layer1 .. layer4
+        return {s: Stage(s, getattr(visual, f"layer{s}")[-1].conv3.out_channels) for s in range(1, 5)}
+    if getattr(visual, "attn_pool", None) is not None:
+        raise ValueError(
+            "vision_cfg.attentional_pool: the tower's last LayerNorm then follows the pooler, and none is left for the "
+            "tokens of its blocks. Set it to false."
+        )
+    if hasattr(visual, "transformer"):
+        width, blocks = visual.transformer.width, len(visual.transformer.resblocks)
+        return {block: Stage(block - 1, width) for block in range(1, blocks + 1)}
+    raise ValueError(f"image tower {type(visual).__name__} has no stages that msa_openclip knows how to read.")
+
+
+def _timm_stages(trunk: Any) -> dict[int, Stage]:
+    features = getattr(trunk, "feature_info", None)
+    if not features or not hasattr(trunk, "forward_intermediates"):
+        raise ValueError(f"timm model {type(trunk).__name__} has no forward_intermediates; choose another backbone.")
+    features = [dict(info) for info in (features.info if hasattr(features, "info") else features)]
+    reductions = [info["reduction"] for info in features]
+    if len(set(reductions)) == 1:  # a plain ViT
+        return {index + 1: Stage(index, info["num_chs"]) for index, info in enumerate(features)}
+    numbers = [round(math.log2(reduction)) - 1 for reduction in reductions]
+    return {
+        number: Stage(index, info["num_chs"])
+        for index, (number, info) in enumerate(zip(numbers, features, strict=True))
+        if number >= 1  # the stem is no stage
+    }
+
+
+def _has_class_token(visual: Any) -> bool:
+    tower = getattr(visual, "trunk", visual)
+    return hasattr(tower, "class_embedding") or getattr(tower, "cls_token", None) is not None
+
+
+def backbone_name(visual: Any) -> str:
+    """What error messages call the image tower."""
+    trunk = getattr(visual, "trunk", None)
+    if trunk is not None:
+        return str(getattr(trunk, "default_cfg", {}).get("architecture") or type(trunk).__name__)
+    return type(visual).__name__
+
+
+class LearnedPool(nn.Module):
+    """Attention pooling of a map with one learned query: softmax over positions of x . a / sqrt(C)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(channels, 1, bias=False)
+        nn.init.zeros_(self.query.weight)  # starts as the average
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """(I, L, C) -> (I, C)."""
+        weight: Tensor = (self.query(positions) / math.sqrt(positions.shape[-1])).softmax(dim=1)
+        return (weight * positions).sum(dim=1)
+
+
+class ImageScales(nn.Module):
+    """Reads the pooled scale vectors z_1 .. z_S out of an image tower's forward pass (METHOD 1.1).
+
+    The tower is passed at each call: it stays a child of the model alone, under open_clip's own name.
+
+    Raises:
+        ValueError: a scale names a stage that the backbone lacks, or the class token of one without.
+    """
+
+    def __init__(self, visual: nn.Module, scales: Sequence[ImageScale]) -> None:
+        super().__init__()
+        stages, name = image_stages(visual), backbone_name(visual)
+        self.is_plain = len({stage.channels for stage in stages.values()}) == 1
+        for position, scale in enumerate(scales):
+            key = f"msa_cfg.image_scales[{position}]"
+            if scale.stage not in stages:
+                raise ValueError(
+                    f"{key}: stage {scale.stage} does not exist; {name} has stages {min(stages)} to {max(stages)}. "
+                    "Remove it or choose another backbone."
+                )
+            if scale.pool == "token" and not _has_class_token(visual):
+                raise ValueError(f"{key}: pool 'token' needs a class token; {name} has none. Use max, avg or learned.")
+        self.scales = tuple(scales)
+        self.channels = [stages[scale.stage].channels for scale in scales]
+        self.indices = sorted({stages[scale.stage].position for scale in scales})
+        self.slots = [self.indices.index(stages[scale.stage].position) for scale in scales]
+        self.pools = nn.ModuleDict(
+            {str(i): LearnedPool(self.channels[i]) for i, scale in enumerate(scales) if scale.pool == "learned"}
+        )
+
+    def forward(self, visual: nn.Module, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Images (I, 3, h, w) -> the tower's own feature (I, E) and the S pooled vectors z_s (I, C_s)."""
+        feature, maps, tokens = self.maps(visual, image)
+        return feature, [self._pool(position, maps, tokens) for position in range(len(self.scales))]
+
+    def maps(self, visual: Any, image: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The tower's own feature (I, E), its maps (I, L, C) by distinct stage, and their class tokens, if used."""
+        wants_token = any(scale.pool == "token" for scale in self.scales)
+        # ModifiedResNet of open_clip 3.3 stops before its head unless the last stage is among the indices, hence all.
+        indices = None if hasattr(visual, "layer4") else self.indices
+        output = visual.forward_intermediates(
+            image,
+            indices=indices,
+            normalize_intermediates=True,
+            output_fmt="NLC" if self.is_plain else "NCHW",  # patch dropout leaves no grid to put a ViT's tokens on
+            output_extra_tokens=wants_token,
+        )
+        maps = output["image_intermediates"]
+        if indices is None:
+            maps = [maps[index] for index in self.indices]
+        if not self.is_plain:
+            maps = [x.flatten(2).transpose(1, 2) for x in maps]
+        tokens = [x[:, 0] for x in output["image_intermediates_prefix"]] if wants_token else []
+        return output["image_features"], maps, tokens
+
+    def _pool(self, position: int, maps: list[Tensor], tokens: list[Tensor]) -> Tensor:
+        pool, slot = self.scales[position].pool, self.slots[position]
+        if pool == "token":
+            return tokens[slot]
+        if pool == "max":
+            return maps[slot].max(dim=1).values
+        if pool == "avg":
+            return maps[slot].mean(dim=1)
+        pooled: Tensor = self.pools[str(position)](maps[slot])
+        return pooled
+
+
+def unused_parameters(scales: ImageScales, visual: nn.Module) -> list[nn.Parameter]:
+    """Parameters of an image tower on which none of its pooled scale vectors depends, those of its head for example.
+
+    Asked of a copy on the meta device, which has graphs but no numbers; `eval` keeps it from drawing random ones.
+    """
+    reader, copied = copy.deepcopy(scales).to("meta"), copy.deepcopy(visual).to("meta").eval().requires_grad_()
+    height, width = image_size(visual)
+    _, pooled = reader(copied, torch.empty(1, 3, height, width, device="meta"))
+    gradients = torch.autograd.grad([z.sum() for z in pooled], list(copied.parameters()), allow_unused=True)
+    return [own for own, gradient in zip(visual.parameters(), gradients, strict=True) if gradient is None]
+
+
+def image_size(visual: Any) -> tuple[int, int]:
+    """Height and width in pixels of the images that a tower expects."""
+    size = visual.image_size
+    return (size[0], size[1]) if isinstance(size, (tuple, list)) else (size, size)
+
+
+class TowerPlusScales(nn.Module):
+    """The tower's own global feature plus sum_s F_s z_s, which starts at zero: a warm start changes nothing."""
+
+    def __init__(self, channels: Sequence[int], embed_dim: int) -> None:
+        super().__init__()
+        self.project = nn.ModuleList(nn.Linear(count, embed_dim) for count in channels)
+        for parameter in self.project.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, feature: Tensor, pooled: Sequence[Tensor]) -> Tensor:
+        """(I, E) and S of (I, C_s) -> (I, E)."""
+        for linear, z in zip(self.project, pooled, strict=True):
+            feature = feature + linear(z)
+        return feature
+
+
+class GatedScales(nn.Module):
+    """The paper's global image feature: f = sum_s F_s z_s, e = A f, B (e * sigmoid(G e)) (METHOD 1.2)."""
+
+    def __init__(self, channels: Sequence[int], embed_dim: int) -> None:
+        super().__init__()
+        self.project = nn.ModuleList(nn.Linear(count, embed_dim) for count in channels)
+        self.embed = nn.Linear(embed_dim, embed_dim)  # A
+        self.gate = nn.Linear(embed_dim, embed_dim)  # G
+        self.out = nn.Linear(embed_dim, embed_dim)  # B
+
+    def forward(self, feature: Tensor, pooled: Sequence[Tensor]) -> Tensor:
+        """S of (I, C_s) -> (I, E); the tower's own feature is not used."""
+        summed = sum(linear(z) for linear, z in zip(self.project, pooled, strict=True))
+        embedded = self.embed(summed)
+        result: Tensor = self.out(embedded * self.gate(embedded).sigmoid())
+        return result
+
+
+def text_token_width(text: Any) -> int:
+    """Width of a text tower's last hidden states."""
+    if hasattr(text, "token_embedding"):  # open_clip's own TextTransformer
+        return int(text.width)
+    return int(text.transformer.get_input_embeddings().weight.shape[1])  # transformers
+
+
+def pad_id(text: Any) -> int:
+    """The token id that a text tower takes for padding."""
+    return int(text.pad_id if hasattr(text, "pad_id") else text.config.pad_token_id)
+
+
+def token_mask(ids: Tensor, pad: int) -> Tensor:
+    """Which of the token ids (T, N) are no padding: all from the first to the last that is not `pad`.
+
+    Id 0 pads open_clip's own BPE and is also its token for "!", so only runs at the ends count as padding.
+    """
+    real = ids != pad
+    return (real.cumsum(dim=1) > 0) & (real.flip(1).cumsum(dim=1).flip(1) > 0)

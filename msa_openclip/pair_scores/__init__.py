@@ -1,0 +1,1 @@
+"""Parameter-free scores of every image against every text at every scale."""

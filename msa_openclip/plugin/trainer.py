@@ -1,0 +1,81 @@
+"""open_clip's trainer, extended for MSA models: shards are read by our loader, validation reports retrieval metrics."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from types import FunctionType, ModuleType
+from typing import Any
+
+from .configs import msa_settings
+from .patching import replace, with_global
+
+LOADER_VARIABLE = "MSA_OPENCLIP_LOADER"
+"""Environment variable: `msa` (default) reads shards by our loader for MSA models, `all` for every model."""
+
+
+def extend_train(train: ModuleType) -> None:
+    """Let open_clip's `evaluate` report retrieval metrics for MSA models; open_clip_train.main imports it from here."""
+    original: FunctionType = train.evaluate
+
+    @functools.wraps(original)
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        return _evaluate_with_retrieval(original, *args, **kwargs)
+
+    replace(train, "evaluate", evaluate)
+
+
+def _evaluate_with_retrieval(
+    original: FunctionType,
+    model: Any,
+    data: dict[str, Any],
+    epoch: int,
+    args: Any,
+    tb_writer: Any = None,
+    tokenizer: Any = None,
+) -> Any:
+    """open_clip's `evaluate` with our metrics in the same record; every rank has to call it, as open_clip does.
+
+    Args:
+        original: open_clip_train.train.evaluate; its other arguments follow as they are.
+    Raises:
+        EvalDataError: the validation data cannot be read.
+    """
+    from ..training.validation import is_asked_for, retrieval_metrics
+
+    if is_asked_for(model, data, epoch, args):
+        evaluate_and_report = _reporting(original, retrieval_metrics(model, args, tokenizer))
+        return evaluate_and_report(model, data, epoch, args, tb_writer=tb_writer, tokenizer=tokenizer)
+    return original(model, data, epoch, args, tb_writer=tb_writer, tokenizer=tokenizer)
+
+
+def _reporting(original: FunctionType, metrics: dict[str, float]) -> Callable[..., Any]:
+    """`original` whose zero-shot metrics, the first it puts into its record, are followed by ours."""
+    zero_shot_eval = original.__globals__["zero_shot_eval"]
+
+    def with_retrieval(*args: Any, **kwargs: Any) -> dict[str, float]:
+        return {**zero_shot_eval(*args, **kwargs), **metrics}
+
+    return with_global(original, "zero_shot_eval", with_retrieval)
+
+
+def extend_train_data(data: ModuleType) -> None:
+    """Let MSA models read shards by our loader; `get_dataset_fn` looks open_clip's own up under this name.
+
+    With LOADER_VARIABLE=all other models read by it too, so that two models can be compared on the same batches.
+    """
+    original = data.get_wds_dataset
+
+    @functools.wraps(original)
+    def get_wds_dataset(args: Any, *positional: Any, **named: Any) -> Any:
+        wanted = os.environ.get(LOADER_VARIABLE, "msa")
+        if wanted not in ("msa", "all"):
+            raise ValueError(f"{LOADER_VARIABLE}: {wanted!r} is unknown; choose msa or all.")
+        if wanted == "msa" and msa_settings(getattr(args, "model", ""), getattr(args, "cache_dir", None)) is None:
+            return original(args, *positional, **named)
+        from ..training import loader as shard_data
+
+        return shard_data.get_wds_dataset(args, *positional, **named)
+
+    replace(data, "get_wds_dataset", get_wds_dataset)

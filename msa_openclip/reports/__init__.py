@@ -1,0 +1,1 @@
+"""What people read of a run or an evaluation: tables, pages, cards, plots."""

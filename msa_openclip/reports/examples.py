@@ -1,0 +1,114 @@
+"""Captions to look at: whose images a model finds last, and which it is surest of; with answers and reasons.
+
+Shapes: I images, C chosen captions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..data.captioned import CaptionedImage
+from ..data.pixels import load_image
+from ..evaluation.evaluate import Evaluation
+from ..evaluation.loading import LoadedModel
+from ..evaluation.scorer import EncodedImages
+from ..explain.explain import Explanation, explain
+from ..explain.figure import view
+
+_HARDEST, _SUREST, _ANSWERS = 12, 4, 4
+_TRIED = 64  # captions with the right image first among which the surest are looked for
+
+
+class Reason(NamedTuple):
+    """Why an image got its score."""
+
+    image: CaptionedImage
+    view: Image.Image
+    """As the model sees it."""
+    explanation: Explanation
+
+
+@dataclass(frozen=True)
+class Example:
+    """A caption, its image, and what came first."""
+
+    caption: str
+    image: CaptionedImage
+    rank: float
+    found: tuple[CaptionedImage, ...]
+    reasons: tuple[Reason, ...]
+    """Of its image and, where another came first, of that one; none without MSCMAT."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What to look at of one model, by its main ranking; no image has two captions in a list."""
+
+    hardest: tuple[Example, ...]
+    """The right image comes latest."""
+    surest: tuple[Example, ...]
+    """The right image is first, by the widest margin."""
+
+
+def find_examples(model: LoadedModel, found: Evaluation) -> Examples:
+    """Choose, answer and explain captions of an evaluation.
+
+    Raises:
+        EvalDataError: an image cannot be read.
+    """
+    ranks = found.per_caption[model.scorer.main_ranking].text_to_image.ranks()
+    hardest = _one_per_image(found, ranks.argsort(descending=True).tolist())[:_HARDEST]
+    first = _one_per_image(found, (ranks == 1).nonzero().flatten().tolist())
+    tried = first[:: max(1, len(first) // _TRIED)]
+    margin = _best(model, found, tried, 2)[0].diff().flatten() if tried and len(found.data.images) > 1 else Tensor()
+    surest = [tried[place] for place in margin.argsort().tolist()[:_SUREST]]  # margins are negative
+    return Examples(*(_examples(model, found, ranks, queries) for queries in (hardest, surest)))
+
+
+def _one_per_image(found: Evaluation, queries: Sequence[int]) -> list[int]:
+    """The first of the queries of each image."""
+    first: dict[int, int] = {}
+    for query in queries:
+        first.setdefault(int(found.data.per_caption.pair_image[query]), query)
+    return list(first.values())
+
+
+def _best(model: LoadedModel, found: Evaluation, queries: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+    """Scores and numbers (C, count) of the best images of some queries."""
+    data, scorer = found.data, model.scorer
+    columns = data.per_caption.query_column[list(queries)].tolist()
+    texts = scorer.texts(model.tokenizer([data.texts[column] for column in columns]))
+    row = scorer.rankings.index(scorer.main_ranking)
+    step = max(1, (64 << 20) // (len(columns) * scorer.bytes_per_pair(texts)))
+    parts = []
+    for rows in torch.arange(len(data.images)).split(step):  # type: ignore[no-untyped-call]
+        some = EncodedImages.of(tuple(x[rows.to(x.device)].to(scorer.device) for x in found.images.fields()))
+        parts.append(scorer.scores(some, texts)[row].cpu())
+    best = torch.cat(parts).T.topk(min(count, len(data.images)), dim=1)
+    return best.values, best.indices
+
+
+def _examples(model: LoadedModel, found: Evaluation, ranks: Tensor, queries: Sequence[int]) -> tuple[Example, ...]:
+    if not queries:
+        return ()
+    data, truth = found.data, found.data.per_caption
+    answers = _best(model, found, queries, _ANSWERS)[1].tolist()
+    chosen = []
+    for query, numbers in zip(queries, answers, strict=True):
+        caption, image = data.texts[int(truth.query_column[query])], data.images[int(truth.pair_image[query])]
+        shown = tuple(data.images[number] for number in numbers)
+        explained = ([image] if image is shown[0] else [image, shown[0]]) if model.scorer.has_match else []
+        reasons = tuple(_reason(model, item, caption) for item in explained)
+        chosen.append(Example(caption, image, float(ranks[query]), shown, reasons))
+    return tuple(chosen)
+
+
+def _reason(model: LoadedModel, image: CaptionedImage, caption: str) -> Reason:
+    picture = load_image(image)
+    return Reason(image, view(model, picture), explain(model, picture, caption))

@@ -1,0 +1,1 @@
+"""Indexes of images on disk, and queries against them."""

@@ -1,0 +1,115 @@
+"""Nearest global features: an exact scan, or FAISS (extra `search`): IVF-PQ or HNSW candidates, re-ranked exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .files import ImageIndexError
+from .index import ImageIndex
+
+Nearest = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""Normalised queries (Q, E) and K -> cosines (Q, K) and rows (Q, K), best first; row -1 is none."""
+LARGE = 100_000
+"""From this many images on, `auto` takes IVF-PQ instead of scanning."""
+KINDS = ("auto", "flat", "ivfpq", "hnsw")
+_TRAINING_PER_LIST = 40
+_TRAINING_ROUNDS = 10  # of k-means
+_MORE = 4  # candidates that FAISS gives for each that is wanted; exact cosines choose among them
+
+
+def nearest(index: ImageIndex, kind: str = "auto") -> Nearest:
+    """How an index finds its nearest: an exact scan, or FAISS built once and kept in the index's folder.
+
+    Raises:
+        ImageIndexError: `kind` is unknown, or FAISS is missing.
+    """
+    if kind not in KINDS:
+        raise ImageIndexError(f"nearest: {kind!r} is unknown; choose one of {', '.join(KINDS)}.")
+    if kind == "auto":
+        kind = "ivfpq" if len(index) >= LARGE else "flat"
+    if kind == "flat":
+        return lambda queries, k: scan(index, queries, k)
+    return _Approximate(index, kind)
+
+
+class _Approximate:
+    """FAISS candidates, then exact cosines; queries (Q, E) -> cosines and rows (Q, k)."""
+
+    def __init__(self, index: ImageIndex, kind: str) -> None:
+        self.index, self.faiss = index, _faiss()
+        path = Path(index.folder) / f"{kind}-{_name(index)}.faiss"
+        if not path.exists():
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            self.faiss.write_index(_build(self.faiss, index, kind), str(temporary))
+            os.replace(temporary, path)
+        try:
+            self.ann = self.faiss.read_index(str(path))
+        except RuntimeError as error:
+            raise ImageIndexError(f"{path}: damaged ({error}); delete it, it will be built again.") from error
+
+    def __call__(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        wanted = min(_MORE * k, len(self.index))
+        _, found = self.ann.search(queries.float().numpy(), wanted)
+        values, rows = torch.full((len(queries), k), -torch.inf), torch.full((len(queries), k), -1, dtype=torch.long)
+        for number, row in enumerate(torch.from_numpy(found)):
+            row = row[row >= 0]  # fewer than wanted may be found
+            best = (self.index.feature_rows(row) @ queries[number].float()).topk(min(k, len(row)))
+            values[number, : len(best.values)], rows[number, : len(best.values)] = best.values, row[best.indices]
+        return values, rows
+
+
+def scan(index: ImageIndex, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest rows of each query (Q, E) by exact cosine: values and rows (Q, k), best first."""
+    values, rows = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
+    for first, features in index.features():
+        cosine = queries @ features.T
+        values = torch.cat([values, cosine], dim=1)
+        rows = torch.cat([rows, torch.arange(first, first + len(features)).expand(len(queries), -1)], dim=1)
+        values, best = values.topk(min(k, values.shape[1]), dim=1)
+        rows = rows.gather(1, best)
+    return values, rows
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImageIndexError("FAISS is missing: pip install 'msa_openclip[search]', or use nearest 'flat'.") from error
+    return faiss
+
+
+def _name(index: ImageIndex) -> str:
+    """Changes whenever images are added."""
+    return hashlib.sha256(" ".join(segment.name for segment in index.segments).encode()).hexdigest()[:12]
+
+
+def _build(faiss: Any, index: ImageIndex, kind: str) -> Any:
+    count = len(index)
+    width = next(features.shape[1] for _, features in index.features())
+    metric = faiss.METRIC_INNER_PRODUCT
+    if kind == "hnsw":
+        ann = faiss.index_factory(width, "HNSW32,SQfp16", metric)
+        ann.hnsw.efSearch = 512
+        training_rows = min(count, 10_000)
+    else:
+        lists = max(1, min(round(2 * math.sqrt(count)), count // _TRAINING_PER_LIST))
+        # 4 values in 4 bits: FAISS learns such codes in seconds, 8-bit ones in minutes, and scans them in registers.
+        parts = next(parts for parts in range(max(1, width // 4), 0, -1) if width % parts == 0)
+        ann = faiss.index_factory(width, f"IVF{lists},PQ{parts}x4fs", metric)
+        ann.nprobe = max(1, lists // 8)
+        ann.cp.niter = ann.pq.cp.niter = _TRAINING_ROUNDS
+        training_rows = min(count, _TRAINING_PER_LIST * max(lists, 16))
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randperm(count, generator=generator)[:training_rows].sort().values
+    ann.train(index.feature_rows(sample).numpy())
+    for _, features in index.features():
+        ann.add(features.numpy())
+    return ann

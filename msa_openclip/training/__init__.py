@@ -1,0 +1,1 @@
+"""What open_clip's trainer is given: loss, batches, validation metrics."""

@@ -1,0 +1,214 @@
+"""Shard -> samples fit for training: KEY.txt with captions, a line each, and KEY.jpg, .jpeg, .png or .webp.
+
+What cannot be used is counted, with its key and the reason, in a `Tally`; nothing is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from open_clip_train.data import group_by_keys_nothrow
+from PIL import Image
+from webdataset.tariterators import base_plus_ext
+
+from ..data.streams import StreamError, open_shard
+from ..shards.records import clean_caption
+from ..shards.storage import store
+from .shares import ShardDataError, Share
+
+IMAGE_MEMBERS = ("jpg", "png", "jpeg", "webp")
+"""Members that open_clip takes for the image, in its order."""
+EXPECTED = f"KEY.txt with captions, one a line, and one of {', '.join('KEY.' + name for name in IMAGE_MEMBERS)}"
+PATIENCE = 200
+"""So many samples without a usable one prove that there is none."""
+
+LOOK_AT_SHARDS = 4
+
+Sample = dict[str, Any]
+
+
+@dataclass
+class Tally:
+    """What became of the samples of one epoch, in one worker or all of them."""
+
+    complete: int = 0
+    """Samples with an image and captions."""
+    usable: int = 0
+    """Complete samples whose image could be decoded."""
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    """`URL: sample KEY` -> reason, of the first problems."""
+    _LIMIT = 100
+
+    @property
+    def problems(self) -> int:
+        """Number of problems; beyond the examples, one that comes by twice in an epoch counts twice."""
+        return self.reasons.total()
+
+    def reject(self, sample: Sample, reason: str, detail: str = "", *, passed: int) -> None:
+        """Count a sample that cannot be used; `passed` others have passed the same check.
+
+        Raises:
+            ShardDataError: none has passed, of PATIENCE samples.
+        """
+        self.note(f"{sample['__url__']}: sample {sample['__key__']}", reason, detail)
+        if not passed and self.problems >= PATIENCE:
+            raise self.nothing_usable(f"the first {self.problems} samples")
+
+    def note(self, what: str, reason: str, detail: str = "") -> None:
+        """Count a problem."""
+        if what in self.examples:
+            return
+        self.reasons[reason] += 1
+        if len(self.examples) < self._LIMIT:
+            self.examples[what] = f"{reason}{detail and f' ({detail})'}"
+
+    def nothing_usable(self, where: str) -> ShardDataError:
+        """The error that says what was found and what is expected."""
+        found = "; ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common(5))
+        first = f", first {next(iter(self.examples))}" if self.examples else ""
+        return ShardDataError(
+            f"{where}: no sample can be used. Found: {found or 'no sample at all'}{first}. Expected: {EXPECTED}. "
+            "`msa-openclip shards build` makes such shards, also from tars with other names and image formats."
+        )
+
+    def add(self, other: Tally) -> None:
+        """Take in the tally of another worker."""
+        self.complete += other.complete
+        self.usable += other.usable
+        self.reasons.update(other.reasons)
+        self.examples = dict([*self.examples.items(), *other.examples.items()][: self._LIMIT])
+
+    def __str__(self) -> str:
+        """The problems, a line each."""
+        lines = [f"{what}: {reason}" for what, reason in self.examples.items()]
+        more = self.problems - len(lines)
+        return "\n  ".join(lines + ([f"and {more:,} more"] if more > 0 else []))
+
+
+def read_share(share: Share, tally: Tally, *, fill_cache: bool = True) -> Iterator[Sample]:
+    """Samples of a share that have an image and captions, still encoded: `__key__`, `__url__`, `image`, `captions`.
+
+    Raises:
+        StreamError: the shard cannot be opened, or is damaged.
+        ShardDataError: the first PATIENCE samples are all unusable.
+    """
+    try:
+        with open_shard(share.url, fill_cache=fill_cache) as file:
+            for members in group_by_keys_nothrow(_members(file, share, tally)):
+                sample = _usable(members, tally)
+                if sample is not None:
+                    yield sample
+    except tarfile.TarError as error:
+        why = " ".join(str(error).split())
+        raise StreamError(
+            f"{share.url}: damaged, or not a tar ({why}). `msa-openclip shards verify` finds the place; "
+            "copy or build the shard again."
+        ) from error
+
+
+def look_at_first_sample(urls: Sequence[str]) -> None:
+    """Find one sample with image and captions: wrong data is refused within seconds, before anything else is built.
+
+    Raises:
+        StreamError: a local shard does not exist.
+        ShardDataError: there is none in the first LOOK_AT_SHARDS shards.
+    """
+    for url in urls:
+        if store.is_local(url) and not url.startswith("pipe:") and not store.exists(url):
+            raise StreamError(f"{url}: no such file. Check the name and the braces.")
+    tally = Tally()
+    for url in urls[:LOOK_AT_SHARDS]:
+        if next(read_share(Share(url), tally, fill_cache=False), None) is not None:
+            return
+    raise tally.nothing_usable(", ".join(urls[:LOOK_AT_SHARDS]))
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """tarfile takes a damaged header, or a file cut off between members, for the end of the archive; we do not."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: Any) -> Any:
+        try:
+            return super().fromtarfile(tarfile)
+        except _DAMAGES as error:
+            raise _ReadError(f"{error} at byte {tarfile.offset:,}") from error
+
+
+_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset passes over
+_ReadError = tarfile.ReadError
+_DAMAGES = (
+    tarfile.InvalidHeaderError,  # type: ignore[attr-defined]
+    tarfile.EmptyHeaderError,  # type: ignore[attr-defined]
+    tarfile.TruncatedHeaderError,  # type: ignore[attr-defined]
+)
+
+
+def _members(file: IO[bytes], share: Share, tally: Tally) -> Iterator[dict[str, Any]]:
+    """The members of the share as webdataset has them: `fname`, `data` (None if it is of no use here), `__url__`."""
+    mode: Any = "r:*" if hasattr(file, "seek") else "r|*"
+    index, last_key = -1, None
+    with tarfile.open(fileobj=file, mode=mode, bufsize=1 << 16, tarinfo=_StrictTarInfo) as tar:
+        while (info := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # TarFile would keep every header
+            key, extension = base_plus_ext(info.name)
+            if key is None or not info.isreg() or _META.match(info.name):
+                continue
+            if key != last_key:
+                index, last_key = index + 1, key
+            if index < share.start:
+                continue
+            if share.stop is not None and index >= share.stop and share.stop != share.size:
+                return
+            wanted = extension.lower() in (*IMAGE_MEMBERS, "txt")
+            content = tar.extractfile(info) if wanted else None
+            yield {"fname": info.name, "data": content and content.read(), "__url__": share.url}
+    if share.size not in (None, index + 1):
+        tally.note(share.url, "sizes.json is wrong", f"it says {share.size} samples, the shard has {index + 1}")
+
+
+def _usable(members: Sample, tally: Tally) -> Sample | None:
+    """Image and captions of a sample; None, and a line in the tally, if it lacks one."""
+    image = next((members[name] for name in IMAGE_MEMBERS if name in members), None)
+    if image is None or "txt" not in members:
+        names = ", ".join(sorted(name for name in members if not name.startswith("__")))
+        lack = "image" if image is None else "captions"
+        tally.reject(members, f"no {lack} among the members {names}", passed=tally.complete)
+        return None
+    try:
+        lines = members["txt"].decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        tally.reject(members, "captions are not UTF-8", str(error), passed=tally.complete)
+        return None
+    captions = [caption for caption in map(clean_caption, lines) if caption]
+    if not captions:
+        tally.reject(members, "captions are blank", passed=tally.complete)
+        return None
+    tally.complete += 1
+    return {"__key__": members["__key__"], "__url__": members["__url__"], "image": image, "captions": captions}
+
+
+def decode(data: bytes) -> Image.Image:
+    """RGB pixels of an image file, as webdataset's `pilrgb`.
+
+    Raises:
+        Exception: whatever Pillow raises for a file that it cannot read, OSError and others.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        return image.convert("RGB")
+
+
+def draw_caption(captions: list[str], key: str, seed: int, epoch: int) -> str:
+    """One caption of the sample `key` for an epoch: in n epochs each of its n captions once, in random order.
+
+    It depends on nothing else, so the number of workers and ranks, and resuming, change nothing.
+    """
+    lap, step = divmod(epoch, len(captions))
+    return random.Random(f"{seed}/{lap}/{key}").sample(captions, len(captions))[step]

@@ -1,0 +1,1 @@
+"""From records to shards on disk: plan, write, resume."""

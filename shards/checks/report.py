@@ -1,0 +1,241 @@
+"""What is in a set of shards: counts, classes, caption lengths, blank and doubled captions, doubled images, sizes."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from .. import manifest
+from ..readers.tar_files import expand
+from ..records import SPLITS, ShardError, clean_caption
+from ..storage import store
+from ..storage.tars import samples
+from .duplicates import equal_groups, near_groups, perceptual_hash
+
+SHOWN = 12  # sample images of the report
+
+
+class Seen(NamedTuple):
+    """One sample as it stands in a shard."""
+
+    split: str
+    image_id: str
+    metadata: dict[str, Any]
+    captions: list[str]
+    image: bytes
+
+
+@dataclass
+class _Tally:
+    """What is counted of one split."""
+
+    samples: int = 0
+    images: set[str] = field(default_factory=set)
+    captions: Counter[str] = field(default_factory=Counter)
+    classes: Counter[str] = field(default_factory=Counter)
+    sizes: Counter[str] = field(default_factory=Counter)
+    blank: int = 0
+    image_bytes: int = 0
+
+
+class Report(NamedTuple):
+    """The report as plain data, and some samples to look at."""
+
+    content: dict[str, Any]
+    shown: list[Seen]
+
+    def json(self) -> str:
+        """For programs."""
+        return json.dumps(self.content, indent=1, ensure_ascii=False)
+
+
+def report(
+    folders: Sequence[str],
+    *,
+    near_bits: int | None = None,
+    tokenizer: str | None = None,
+    progress: bool = False,
+) -> Report:
+    """Read shards and sum up what is in them; of several folders also which images they share.
+
+    Args:
+        near_bits: also look for images whose perceptual hashes differ in at most this many of 64 bits (2 is careful).
+        tokenizer: open_clip model name, whose tokenizer measures the captions; loads open_clip, hence torch.
+    Raises:
+        ShardError: no shards, an unknown tokenizer, or the library for a question is not installed.
+    """
+    tallies: dict[str, _Tally] = defaultdict(_Tally)
+    checksums: dict[str, str] = {}
+    hashes: dict[str, int] = {}
+    shown: list[Seen] = []
+    for seen in tqdm(_samples(folders), desc="reading", unit=" samples", disable=not progress):
+        tally = tallies[seen.split]
+        _count(tally, seen)
+        name = f"{seen.split}/{seen.image_id}"
+        if name not in checksums:
+            checksums[name] = seen.metadata.get("sha256") or str(hash(seen.image))
+            if near_bits is not None:
+                hashes[name] = perceptual_hash(seen.image)
+        if len(shown) < SHOWN and seen.image_id not in {other.image_id for other in shown}:
+            shown.append(seen)
+    measure = _token_counter(tokenizer) if tokenizer else None
+    content: dict[str, Any] = {
+        "folders": list(folders),
+        "splits": {split: _sum_up(tallies[split], measure) for split in sorted(tallies, key=_split_order)},
+        "rejected": _rejected(folders),
+        "same_images": _sort_groups(equal_groups(checksums)),
+    }
+    if near_bits is not None:
+        content["look_alikes"] = _sort_groups(near_groups(hashes, near_bits)) | {"max_bits": near_bits}
+    return Report(content, shown)
+
+
+def text(content: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = [", ".join(content["folders"])]
+    for split, row in content["splits"].items():
+        words = row["caption_words"]
+        lines += [
+            f"{split}: {row['samples']:,} samples, {row['images']:,} images, {row['captions']:,} captions",
+            f"  captions: {words['min']} to {words['max']} words, median {words['median']:g};"
+            f" {row['unique_captions']:,} different ones, {row['blank_captions']} blank",
+            f"  images: {row['image_mb']:.1f} MB; sizes {_shortened(row['sizes'])}",
+        ]
+        if tokens := row.get("caption_tokens"):
+            lines.append(
+                f"  tokens ({tokens['tokenizer']}): {tokens['min']} to {tokens['max']}, median {tokens['median']:g};"
+                f" {tokens['cut_off_share']:.1%} are cut off at {tokens['context_length']}"
+            )
+        if row["classes"]:
+            lines.append(f"  {len(row['classes'])} classes: {_shortened(row['classes'])}")
+    for title, what in (("same_images", "the same image (checksum)"), ("look_alikes", "look-alike images (hash)")):
+        if found := content.get(title):
+            lines.append(f"{what}: {found['within']} groups within a split, {found['across']} across splits")
+            lines += [f"  {' = '.join(group)}" for group in found["groups"][:5]]
+    lines += [f"rejected, {reason}: {count}" for reason, count in content["rejected"].items()]
+    return "\n".join(lines)
+
+
+def _samples(folders: Sequence[str]) -> Iterator[Seen]:
+    for folder in folders:
+        prefix = f"{store.base_name(folder)}:" if len(folders) > 1 else ""
+        for url in expand(folder):
+            with store.open_read(url) as file:
+                for key, members in samples(file):
+                    parts = {}
+                    for member in members:
+                        at = file.tell()
+                        file.seek(member.offset)
+                        parts[member.extension] = file.read(member.size)
+                        file.seek(at)
+                    metadata = json.loads(parts.get("json", b"{}"))
+                    captions = metadata.get("captions") or parts.get("txt", b"").decode().split("\n")
+                    image = next((parts[name] for name in ("jpg", "png", "webp", "jpeg") if name in parts), b"")
+                    split = prefix + (metadata.get("split") or "unknown")
+                    yield Seen(split, metadata.get("image_id", key), metadata, captions, image)
+
+
+def _count(tally: _Tally, seen: Seen) -> None:
+    tally.samples += 1
+    tally.captions.update(clean_caption(caption) for caption in seen.captions)
+    tally.blank += sum(not caption.strip() for caption in seen.captions)
+    if seen.image_id in tally.images:
+        return
+    tally.images.add(seen.image_id)
+    tally.image_bytes += len(seen.image)
+    if seen.metadata.get("class"):
+        tally.classes[seen.metadata["class"]] += 1
+    if seen.metadata.get("width"):
+        tally.sizes[f"{seen.metadata['width']}x{seen.metadata['height']}"] += 1
+
+
+def _sum_up(tally: _Tally, measure: Callable[[list[str]], dict[str, Any]] | None) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "samples": tally.samples,
+        "images": len(tally.images),
+        "captions": tally.captions.total(),
+        "unique_captions": len(tally.captions),
+        "blank_captions": tally.blank,
+        "caption_words": _spread(_lengths(tally.captions)),
+        "classes": dict(tally.classes.most_common()),
+        "sizes": dict(tally.sizes.most_common()),
+        "image_mb": tally.image_bytes / 1e6,
+    }
+    if measure:
+        row["caption_tokens"] = measure(list(tally.captions.elements()))
+    return row
+
+
+def _lengths(captions: Counter[str]) -> Counter[int]:
+    lengths: Counter[int] = Counter()
+    for caption, count in captions.items():
+        lengths[len(caption.split())] += count
+    return lengths
+
+
+def _spread(lengths: Counter[int]) -> dict[str, Any]:
+    values = sorted(lengths.elements())
+    return {
+        "min": values[0],
+        "median": statistics.median(values),
+        "mean": statistics.fmean(values),
+        "max": values[-1],
+        "histogram": {str(length): lengths[length] for length in sorted(lengths)},
+    }
+
+
+def _token_counter(model: str) -> Callable[[list[str]], dict[str, Any]]:
+    import open_clip
+
+    if ":" not in model and model not in open_clip.list_models():  # open_clip would take its default tokenizer instead
+        close = ", ".join(get_close_matches(model, open_clip.list_models())) or "see open_clip.list_models()"
+        raise ShardError(f"tokenizer: open_clip has no model {model!r}; {close}.")
+    try:
+        tokenizer = open_clip.get_tokenizer(model)
+    except Exception as error:  # open_clip raises whatever its configs and hubs do
+        raise ShardError(f"tokenizer: open_clip has none for {model!r} ({error}).") from error
+    context = int(tokenizer.context_length)
+    pad = getattr(getattr(tokenizer, "tokenizer", None), "pad_token_id", None) or 0
+
+    def measure(captions: list[str]) -> dict[str, Any]:
+        lengths: Counter[int] = Counter()
+        for start in range(0, len(captions), 1000):
+            ids = tokenizer(captions[start : start + 1000], context_length=8 * context)
+            lengths.update((ids != pad).sum(dim=1).tolist())
+        cut = sum(count for length, count in lengths.items() if length > context)
+        metadata = {"tokenizer": model, "context_length": context, "cut_off_share": cut / max(1, lengths.total())}
+        return _spread(lengths) | metadata
+
+    return measure
+
+
+def _rejected(folders: Sequence[str]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for folder in folders:
+        if store.exists(store.join(folder, "manifest.json")):
+            total.update(manifest.read(folder)["rejected"])
+    return dict(total)
+
+
+def _sort_groups(groups: list[list[str]]) -> dict[str, Any]:
+    across = [group for group in groups if len({name.split("/", 1)[0] for name in group}) > 1]
+    return {"within": len(groups) - len(across), "across": len(across), "groups": across + [
+        group for group in groups if group not in across
+    ]}  # fmt: skip
+
+
+def _split_order(name: str) -> tuple[str, int]:
+    folder, _, split = name.rpartition(":")
+    return folder, SPLITS.index(split) if split in SPLITS else len(SPLITS)
+
+
+def _shortened(counts: dict[str, int], most: int = 6) -> str:
+    shown = ", ".join(f"{name} {count:,}" for name, count in list(counts.items())[:most])
+    return f"{shown}, and {len(counts) - most} more" if len(counts) > most else shown

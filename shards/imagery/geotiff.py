@@ -1,0 +1,162 @@
+"""GeoTIFFs through rasterio (extra `geo`): chosen bands, any bit depth, nodata, tiles, and where on Earth it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..options import ImageOptions
+from ..records import ImageProblem, Location, Record, Rejection, ShardError
+from ..storage import store
+from .prepare import EncodedImage, encode
+
+_SAMPLED_PX = 1024  # percentiles are taken from the scene at no more than this size
+_METRES_PER_DEGREE = 111_320.0
+
+
+def is_geo(place: Location, options: ImageOptions) -> bool:
+    """True for images that go through rasterio."""
+    return options.geo and place.offset is None and place.row is None and place.url.lower().endswith((".tif", ".tiff"))
+
+
+def tiled(records: Iterable[Record | Rejection], options: ImageOptions) -> Iterator[Record | Rejection]:
+    """Cut scenes larger than `tile_px` into tiles, each a record of its own with the scene's captions.
+
+    Tiles are all of full size; where the scene is no multiple of it, neighbours overlap a little.
+    """
+    for record in records:
+        if isinstance(record, Rejection) or not options.tile_px or not is_geo(record.image, options):
+            yield record
+            continue
+        try:
+            with _open(record.image.url) as scene:
+                width, height = scene.width, scene.height
+        except ImageProblem as problem:
+            yield Rejection(record.source, "unreadable image", str(problem))
+            continue
+        side = options.tile_px
+        if max(width, height) <= side:
+            yield record
+            continue
+        for row, top in enumerate(_starts(height, side)):
+            for column, left in enumerate(_starts(width, side)):
+                window = (left, top, min(side, width), min(side, height))
+                name = f"{record.image_id}_r{row:03d}_c{column:03d}"
+                yield replace(record, image_id=name, image=replace(record.image, window=window))
+
+
+def prepare(place: Location, options: ImageOptions) -> tuple[EncodedImage, dict[str, Any]]:
+    """Read a scene or a tile of it as 8-bit bands; returns the encoded image and its geo fields.
+
+    Raises:
+        ImageProblem: unreadable, nothing but nodata, an absent band, or more than `max_pixels`.
+    """
+    from rasterio.windows import Window
+
+    with _open(place.url) as scene:
+        left, top, width, height = place.window or (0, 0, scene.width, scene.height)
+        if width * height > options.max_pixels:
+            raise ImageProblem(f"{width} x {height} pixels exceed max_pixels {options.max_pixels}; cut it: --tile-px")
+        bands = _bands(scene, options.bands)
+        window = Window(left, top, width, height)
+        try:
+            values = scene.read(bands, window=window)
+            valid = np.logical_and.reduce(scene.read_masks(bands, window=window) > 0)
+        except Exception as error:  # rasterio raises GDAL's errors under several types
+            raise ImageProblem(f"cannot be decoded: {error}") from error
+        if not valid.any():
+            raise ImageProblem("every pixel is nodata")
+        if values.dtype != np.uint8:
+            values = _stretched(values, _limits(place.url, bands, options.percentiles))
+        values = np.where(valid, values, 0).astype(np.uint8)
+        pixels = values[0] if len(bands) == 1 else np.moveaxis(values, 0, -1)
+        geo = _geo(scene, window, bands)
+    if place.window:
+        geo |= {"scene": store.base_name(place.url), "window": list(place.window)}
+    return encode(Image.fromarray(np.ascontiguousarray(pixels)), "TIFF", options), geo
+
+
+def _open(url: str) -> Any:
+    try:
+        import rasterio
+    except ImportError as error:
+        raise ShardError("--geo reads TIFFs through rasterio: pip install rasterio.") from error
+    try:
+        if store.is_local(url):
+            return rasterio.open(store.local_path(url))
+        fs, path = store.filesystem(url)
+        return rasterio.open(path, opener=fs.open)
+    except rasterio.errors.RasterioIOError as error:
+        raise ImageProblem(f"rasterio cannot open it: {error}") from error
+
+
+def _starts(length: int, side: int) -> list[int]:
+    """Evenly spread starts of tiles that cover `length`."""
+    count = math.ceil(length / side)
+    return [0] if count == 1 else [round(step * (length - side) / (count - 1)) for step in range(count)]
+
+
+def _bands(scene: Any, asked: tuple[str, ...]) -> list[int]:
+    """Band numbers, from 1: those asked for by number or name, else red, green, blue, else the first three or one."""
+    names: dict[str, int] = {}
+    for number in range(scene.count, 0, -1):  # the first band of a name wins
+        for name in (scene.colorinterp[number - 1].name, scene.descriptions[number - 1]):
+            names[(name or "").lower()] = number
+    if not asked:
+        if {"red", "green", "blue"} <= set(names):
+            return [names["red"], names["green"], names["blue"]]
+        return [1, 2, 3] if scene.count >= 3 else [1]
+    found = []
+    for band in asked:
+        number = int(band) if band.isdigit() else names.get(band.lower(), 0)
+        if not 1 <= number <= scene.count:
+            known = ", ".join(sorted(name for name in names if name))
+            raise ImageProblem(f"band {band!r} does not exist; there are {scene.count} bands, named {known}")
+        found.append(number)
+    return found
+
+
+@lru_cache(maxsize=64)
+def _limits_of(url: str, bands: tuple[int, ...], low: float, high: float) -> NDArray[np.float64]:
+    with _open(url) as scene:
+        shape = (len(bands), min(scene.height, _SAMPLED_PX), min(scene.width, _SAMPLED_PX))
+        values = scene.read(bands, out_shape=shape, masked=True)
+    return np.array([np.percentile(band.compressed(), (low, high)) if band.count() else (0, 1) for band in values])
+
+
+def _limits(url: str, bands: list[int], percentiles: tuple[float, float]) -> NDArray[np.float64]:
+    """What becomes black and white, per band and of the whole scene, so that its tiles look alike: (bands, 2)."""
+    return _limits_of(url, tuple(bands), *percentiles)
+
+
+def _stretched(values: NDArray[Any], limits: NDArray[np.float64]) -> NDArray[np.float64]:
+    low, high = limits[:, 0, None, None], limits[:, 1, None, None]
+    scaled = (values.astype(np.float64) - low) / np.maximum(high - low, 1e-12)
+    return np.asarray(np.nan_to_num(np.clip(scaled, 0, 1) * 255).round())
+
+
+def _geo(scene: Any, window: Any, bands: list[int]) -> dict[str, Any]:
+    geo: dict[str, Any] = {"bands": bands}
+    if scene.crs:
+        at = scene.transform
+        corners = [(window.col_off + x, window.row_off + y) for x in (0, window.width) for y in (0, window.height)]
+        easts = [at.a * column + at.b * row + at.c for column, row in corners]
+        norths = [at.d * column + at.e * row + at.f for column, row in corners]
+        geo |= {"crs": scene.crs.to_string(), "bounds": [min(easts), min(norths), max(easts), max(norths)]}
+        geo["gsd_m"] = round(_gsd_m(scene, sum(norths) / 4), 4)
+    return geo
+
+
+def _gsd_m(scene: Any, latitude: float) -> float:
+    """Ground sample distance in metres: the side of a square as large as a pixel."""
+    area = abs(scene.transform.determinant)
+    if scene.crs.is_geographic:
+        return math.sqrt(area * math.cos(math.radians(latitude))) * _METRES_PER_DEGREE
+    return math.sqrt(area) * float(scene.crs.linear_units_factor[1])

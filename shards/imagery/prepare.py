@@ -1,0 +1,123 @@
+"""Image bytes -> bytes that every shard reader decodes alike: 8 bit, upright, jpg, png or webp."""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..options import ImageOptions
+from ..records import ImageProblem
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jp2")
+SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # what open_clip reads from shards
+_PLAIN_MODES = ("RGB", "L", "P", "RGBA", "LA", "1")  # convert("RGB") does the right thing; CMYK and 16 bit are ours
+_ORIENTATION = 0x0112
+_FAILURES = (OSError, SyntaxError, ValueError, struct.error, EOFError, Image.DecompressionBombError)
+
+
+class EncodedImage(NamedTuple):
+    """Bytes to store, their extension, and the size in pixels."""
+
+    data: bytes
+    suffix: str
+    width: int
+    height: int
+
+
+def prepare(data: bytes, options: ImageOptions) -> EncodedImage:
+    """Check an image and hand back its own bytes if a shard can hold them, else a new encoding.
+
+    Raises:
+        ImageProblem: unreadable, cut short, or larger than `max_pixels`.
+    """
+    if not data:
+        raise ImageProblem("the file is empty")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > options.max_pixels:
+                raise ImageProblem(f"{image.width} x {image.height} pixels exceed max_pixels {options.max_pixels}")
+            suffix = SUFFIX.get(image.format or "")
+            if suffix and _passes(image, options):
+                if not _complete(data, suffix):
+                    raise ImageProblem(f"the {image.format} data is cut short")
+                if options.check == "decode":
+                    image.load()
+                return EncodedImage(data, suffix, image.width, image.height)
+            return encode(_upright_rgb(image), image.format or "", options)
+    except UnidentifiedImageError as error:
+        raise ImageProblem("not an image that Pillow reads (16-bit or multi-band TIFFs need --geo)") from error
+    except ImageProblem:
+        raise
+    except _FAILURES as error:
+        raise ImageProblem(f"cannot be decoded: {error}") from error
+
+
+def encode(image: Image.Image, source_format: str, options: ImageOptions) -> EncodedImage:
+    """Resize as asked and encode; `source_format` decides under encode="auto"."""
+    image = _resize(image, options)
+    kind = options.encode.upper()
+    if kind == "AUTO":
+        kind = {"JPEG": "JPEG", "MPO": "JPEG", "WEBP": "WEBP"}.get(source_format, "PNG")
+    out = io.BytesIO()
+    if kind == "PNG":
+        image.save(out, "PNG")
+    elif kind == "JPEG":
+        image.save(out, "JPEG", quality=options.quality, subsampling=0)
+    else:
+        image.save(out, "WEBP", quality=options.quality)
+    return EncodedImage(out.getvalue(), SUFFIX[kind], image.width, image.height)
+
+
+def to_8_bit(values: np.ndarray) -> np.ndarray:
+    """Stretch wider data linearly from its minimum and maximum to 0..255."""
+    low, high = float(values.min()), float(values.max())
+    scaled = (values.astype(np.float64) - low) * (255.0 / max(high - low, 1e-12))
+    return np.asarray(scaled.round(), dtype=np.uint8)
+
+
+def _passes(image: Image.Image, options: ImageOptions) -> bool:
+    if image.mode not in _PLAIN_MODES or _resized(image.size, options) != image.size:
+        return False
+    # Readers of shards ignore the EXIF orientation, so such a picture has to be turned here.
+    return "exif" not in image.info or image.getexif().get(_ORIENTATION, 1) == 1
+
+
+def _complete(data: bytes, suffix: str) -> bool:
+    """True if the end of the file is there; bytes behind the end mark are harmless."""
+    if suffix == "jpg":
+        return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")  # end of image behind the last start of scan
+    if suffix == "png":
+        return 0 <= data.rfind(b"IEND") <= len(data) - 8  # name and checksum of the last chunk
+    return len(data) >= int.from_bytes(data[4:8], "little") + 8
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode.startswith(("I", "F")):
+        return Image.fromarray(to_8_bit(np.asarray(turned))).convert("RGB")
+    if turned.mode == "L":
+        return turned
+    if turned.mode == "P":  # by way of RGBA, as a transparent palette entry asks
+        turned = turned.convert("RGBA")
+    return turned.convert("RGB")
+
+
+def _resized(size: tuple[int, int], options: ImageOptions) -> tuple[int, int]:
+    target = options.resize_px
+    if target is None:
+        return size
+    if options.resize_mode == "squash":
+        return target, target
+    side = min(size) if options.resize_mode == "shortest" else max(size)
+    if side <= target:
+        return size
+    return max(1, round(size[0] * target / side)), max(1, round(size[1] * target / side))
+
+
+def _resize(image: Image.Image, options: ImageOptions) -> Image.Image:
+    size = _resized(image.size, options)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)

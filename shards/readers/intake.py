@@ -1,0 +1,121 @@
+"""From entries to records: find the image, settle the split, clean the captions; what cannot be used says why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b
+from pathlib import PurePosixPath
+
+from ..imagery.prepare import EXTENSIONS
+from ..options import ReadOptions
+from ..records import SPLITS, Entry, Location, Record, Rejection, clean_caption
+from ..storage import store
+
+
+class ImageFolder:
+    """Finds images by the names that caption files use: exact, elsewhere below the root, or with another extension."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._index: dict[str, list[str]] | None = None
+
+    def find(self, name: str) -> str | None:
+        """The URL of the image, or None; a name that fits several files is no find.
+
+        Raises:
+            LookupError: several files below the root fit the name equally well.
+        """
+        direct = store.join(self.root, name)
+        if not store.is_local(direct):
+            if direct.startswith(("http://", "https://")) or "://" in name:
+                return direct  # such stores cannot be listed; a missing image shows when it is read
+        elif store.exists(direct):
+            return direct
+        if self._index is None:
+            self._index = self._make_index()
+        path = PurePosixPath(name)
+        for wanted in (name, path.name, _stem(name), path.stem):
+            found = self._index.get(wanted, [])
+            if len(found) > 1:
+                raise LookupError(f"{name} fits {len(found)} files, e.g. {found[0]} and {found[1]}")
+            if found:
+                return store.join(self.root, found[0])
+        return None
+
+    def _make_index(self) -> dict[str, list[str]]:
+        index: dict[str, list[str]] = {}
+        for relative in store.listing(self.root):
+            if relative.lower().endswith(EXTENSIONS):
+                path = PurePosixPath(relative)
+                for name in {relative, path.name, _stem(relative), path.stem}:
+                    index.setdefault(name, []).append(relative)
+        return index
+
+
+def to_records(
+    entries: Iterable[Entry | Rejection], images: str | None, options: ReadOptions, seed: int
+) -> Iterator[Record | Rejection]:
+    """Clean entries one by one, in order; what cannot be used comes out as a rejection instead."""
+    folder = ImageFolder(images or "")
+    seen: dict[bytes, str] = {}
+    for entry in entries:
+        if isinstance(entry, Rejection):
+            yield entry
+            continue
+        name = entry.image if isinstance(entry.image, str) else entry.source or entry.image_id or entry.image.url
+        split = _split(entry, options, seed)
+        if split not in SPLITS:
+            yield Rejection(name, "unknown split", f"{split!r}; rename it with --split-map {split}=train")
+            continue
+        identity = entry.image_id or _stem(name)
+        digest = blake2b(identity.encode(), digest_size=8).digest()
+        if digest in seen:
+            yield Rejection(name, "duplicate key", f"{identity!r} in {split} came before in {seen[digest]}")
+            continue
+        captions = tuple(filter(None, map(clean_caption, entry.captions)))
+        for index, caption in enumerate(entry.captions):
+            if not clean_caption(caption):
+                yield Rejection(name, "blank caption", f"caption {index} of {len(entry.captions)}")
+        if not captions:
+            yield Rejection(name, "no captions", "every caption is blank" if entry.captions else "none given")
+            continue
+        place = _locate(entry, folder)
+        if isinstance(place, Rejection):
+            yield place
+            continue
+        seen[digest] = split
+        yield Record(identity, place, name, captions, split, entry.label, entry.meta)
+
+
+def _stem(name: str) -> str:
+    """The name without its extension, if that is an image's (a dot in `scene.v2` is not one)."""
+    path = PurePosixPath(name)
+    return str(path.with_suffix("")) if path.suffix.lower() in EXTENSIONS else name
+
+
+def _split(entry: Entry, options: ReadOptions, seed: int) -> str:
+    given = entry.split or options.split or "train"
+    split = options.renames.get(given, given)
+    if split != "train":
+        return split
+    # The share is drawn by the image's name, so that no image moves when others are added.
+    identity = entry.image_id or str(entry.image)
+    draw = int.from_bytes(blake2b(f"holdout {seed} {identity}".encode(), digest_size=8).digest(), "big") / 2.0**64
+    for name, share in options.shares.items():
+        if draw < share:
+            return name
+        draw -= share
+    return split
+
+
+def _locate(entry: Entry, folder: ImageFolder) -> Location | Rejection:
+    if isinstance(entry.image, Location):
+        return entry.image
+    try:
+        url = folder.find(entry.image)
+    except LookupError as error:
+        return Rejection(entry.image, "ambiguous image", str(error))
+    if url is None:
+        where = folder.root or "the working directory"
+        return Rejection(entry.image, "missing image", f"no such file below {where}, with any image extension")
+    return Location(url)

@@ -1,0 +1,1 @@
+"""Shard jobs in this process, in worker processes, or on a Ray cluster."""

@@ -1,0 +1,1 @@
+"""Files and tars wherever they lie: local, fsspec URLs."""

@@ -1,0 +1,102 @@
+"""Synthetic aerial scenes with five captions each, of things large, middle and small: data for demos and tests.
+
+Every scene is drawn from (seed, split, index) alone.  Counts, colours, directions and places vary independently and
+are named in the captions, so that a caption tells its image from the others of its class.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ..records import SPLITS, ShardError
+from .built import airport, intersection, parking, residential, sports_ground, storage_tanks
+from .country import beach, farmland, forest, harbor, river
+from .words import Facts
+
+COMPOSERS: dict[str, Callable[[np.random.Generator, int], tuple[Image.Image, Facts]]] = {
+    "airport": airport,
+    "farmland": farmland,
+    "river": river,
+    "residential": residential,
+    "storage tanks": storage_tanks,
+    "parking": parking,
+    "harbor": harbor,
+    "forest": forest,
+    "beach": beach,
+    "intersection": intersection,
+    "sports ground": sports_ground,
+}
+CLASSES = tuple(COMPOSERS)
+
+
+class Scene(NamedTuple):
+    """One drawn scene."""
+
+    image: Image.Image
+    label: str
+    captions: tuple[str, ...]
+
+
+def scene(index: int, *, seed: int = 0, split: str = "train", size_px: int = 96) -> Scene:
+    """Draw scene number `index` of a split; the classes take turns.
+
+    Returns:
+        A size_px x size_px RGB image, its scene class, and five captions.
+    """
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    label = CLASSES[index % len(CLASSES)]
+    image, facts = COMPOSERS[label](rng, size_px)
+    return Scene(image, label, _captions(facts, rng))
+
+
+def synthesize(
+    folder: str, counts: Mapping[str, int], *, seed: int = 0, size_px: int = 96, progress: bool = False
+) -> str:
+    """Write scenes as a caption file in Karpathy format and JPEG images beside it, ready for `build`.
+
+    Args:
+        folder: a local folder, made if absent; gets captions.json and images/.
+        counts: number of scenes for each of train, val, test.
+    Returns:
+        The path of captions.json.
+    Raises:
+        ShardError: an unknown split, nothing to draw, or a size below 32 pixels, where nothing can be told apart.
+    """
+    unknown = set(counts) - set(SPLITS)
+    if unknown or not sum(counts.values()) or min(counts.values()) < 0:
+        raise ShardError(f"counts: {dict(counts)} must give numbers of scenes for {', '.join(SPLITS)}.")
+    if size_px < 32:
+        raise ShardError(f"size_px: {size_px} is below 32, where the small things vanish.")
+    images = Path(folder) / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    rows = []
+    jobs = [(split, index) for split in SPLITS for index in range(counts.get(split, 0))]
+    for split, index in tqdm(jobs, desc="drawing", unit=" scenes", disable=not progress):
+        drawn = scene(index, seed=seed, split=split, size_px=size_px)
+        name = f"{split}_{index:06d}.jpg"
+        drawn.image.save(images / name, quality=93)
+        sentences = [{"raw": caption} for caption in drawn.captions]
+        rows.append({"filename": f"images/{name}", "split": split, "class": drawn.label, "sentences": sentences})
+    path = Path(folder) / "captions.json"
+    path.write_text(json.dumps({"dataset": "synthetic aerial scenes", "images": rows}), encoding="utf-8")
+    return str(path)
+
+
+def _captions(facts: Facts, rng: np.random.Generator) -> tuple[str, ...]:
+    place, large, middle, small, relation = facts
+    choices = (
+        (f"{place} with {large}", f"the image shows {place} with {large}", f"{large} in {place}"),
+        (f"{place} has {middle}", f"{middle} can be seen in {place}", f"there is {place} with {middle}"),
+        (f"{small} {relation}", f"we can see {small} {relation}", f"{small} {relation} in {place}"),
+        (f"{small} and {middle} in {place}", f"{place} with {small} and {middle}"),
+        (f"{place} with {large}, {middle} and {small}", f"{large}, {middle} and {small} in {place}"),
+    )
+    picked = (options[int(rng.integers(len(options)))] for options in choices)
+    return tuple(text[0].upper() + text[1:] + "." for text in picked)

@@ -1,0 +1,275 @@
+"""The command line: eval, best and classify on real files, with what they print, write and refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from helpers.retrieval_data import randomise, scene, write_captioned_scenes, write_shards
+
+from msa_openclip.commands import main as cli
+from msa_openclip.data.captioned import EvalDataError
+from msa_openclip.data.pixels import load_image
+from msa_openclip.data.readers import read_captions, read_class_folder
+from msa_openclip.evaluation.loading import ModelError, load
+from msa_openclip.evaluation.scorer import EncodedTexts
+from msa_openclip.evaluation.zero_shot import class_text, classify
+from msa_openclip.reports.run_selection import RunError, best_epoch, mean_and_sd
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_configs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Weights of the tiny models, random but everywhere in play, as `NAME=FILE`."""
+    folder = tmp_path_factory.mktemp("weights")
+    specs = {}
+    for name in ("tiny-ViT", "MSA-tiny-ViT"):
+        model = randomise(open_clip.create_model(name), seed=3)
+        torch.save({"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, folder / name)
+        specs[name] = f"{name}={folder / name}"
+    return specs
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with shards of both layouts and the caption file and images they are made of."""
+    folder = tmp_path_factory.mktemp("scenes")
+    write_shards(folder / "image", "image", count=11)
+    write_shards(folder / "pair", "pair", count=11)
+    return folder
+
+
+def shards(source: Path, layout: str) -> str:
+    return f"{source}/{layout}/{layout}/test-{{000000..000001}}.tar"
+
+
+def caption_file(source: Path) -> list[str]:
+    folder = source / "image" / "source"
+    return ["--captions", str(folder / "captions.json"), "--images", str(folder / "images")]
+
+
+def test_eval_says_the_same_of_shards_and_caption_file(checkpoints, source: Path, tmp_path: Path, capsys) -> None:
+    inputs = (["--shards", shards(source, "image")], ["--shards", shards(source, "pair")], caption_file(source))
+    found = []
+    for number, given in enumerate(inputs):
+        out = tmp_path / f"{number}.json"
+        assert cli.main(["eval", *checkpoints.values(), *given, "--json", str(out), "--bootstrap", "20"]) == 0
+        found.append(json.loads(out.read_text()))
+    assert found[0]["data"]["images"] == 11
+    assert found[0]["data"]["distinct_captions"] == 53
+    for other in found[1:]:
+        for mine, theirs in zip(other["models"], found[0]["models"], strict=True):
+            assert mine["metrics"]["global"] == pytest.approx(theirs["metrics"]["global"], abs=0.1)
+    plain, msa = found[0]["models"]
+    assert list(plain["metrics"]) == ["global"]
+    assert list(msa["metrics"])[:3] == ["global", "match", "fused"]
+    low, high = msa["intervals_95"]["fused"]["mR"]
+    assert low < msa["metrics"]["fused"]["mR"] < high
+    printed = capsys.readouterr().out
+    assert "11 images, 55 captions, 53 of them distinct" in printed
+    assert f"{msa['metrics']['match']['mR']:.2f}" in printed
+    assert "match_scale1" not in printed
+
+
+def test_eval_page_holds_plots_pictures_and_classes(checkpoints, source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is missing (extra `plot`)")
+    page, out = tmp_path / "page.html", tmp_path / "out.json"
+    regex = ["--class-regex", "([a-z]+)_[0-9]+$", "--json", str(out), "--html", str(page), "--ties", "pessimistic"]
+    assert cli.main(["eval", *checkpoints.values(), *caption_file(source), *regex]) == 0
+    html = page.read_text()
+    assert "http" not in re.sub(r"data:[^'\"]*", "", html)  # nothing from elsewhere
+    assert html.count("data:image/svg+xml") == 2
+    plain, msa = (html.split(f"captions for {spec} ")[2] for spec in checkpoints.values())
+    plain = plain.split("<h2>")[0]
+    assert plain.count("class=example") == msa.count("class=example") == 11  # each image's worst caption
+    assert plain.count("data:image/jpeg") == 11 * 5  # its image and the first four answers
+    assert plain.count("<details") == 0
+    assert 11 < msa.count("<details") <= 2 * 11  # why that image, and why another came first
+    assert msa.count("data:image/jpeg") == 11 * 5 + 2 * msa.count("<details")  # where each scale looked
+    by_class = json.loads(out.read_text())["models"][1]["by_class"]
+    assert set(by_class) == {"harbor", "forest", "runway"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shards", "nothing.tar"], r"nothing\.tar: FileNotFoundError. Check the name"),
+        ([], "give either --shards or --captions"),
+        (["FILES", "--split", "val"], "no image in split 'val'"),
+        (["FILES", "--class-regex", "x(y)z"], "fits no image id; the first is 'harbor_0'"),
+        (["FILES", "--class-regex", "harbor"], "no such group; expected e.g."),
+        (["FILES", "--batch-size", "0"], "batch_size 0"),
+    ],
+)
+def test_eval_refuses_bad_data_by_name(checkpoints, source: Path, capsys, arguments, message: str) -> None:
+    given = [part for item in arguments for part in (caption_file(source) if item == "FILES" else [item])]
+    assert cli.main(["eval", checkpoints["tiny-ViT"], *given]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_models_without_weights_are_refused(checkpoints, tiny_configs: Path) -> None:
+    with pytest.raises(ModelError, match=r"tiny-ViT: no weights; write tiny-ViT=FILE"):
+        load("tiny-ViT")
+    with pytest.raises(ModelError, match="no-such-model=x: cannot be loaded"):
+        load("no-such-model=x")
+    with pytest.raises(ModelError, match=r"tiny-ViT=gone\.pt: cannot be loaded"):
+        load("tiny-ViT=gone.pt")
+    plain = checkpoints["tiny-ViT"].partition("=")[2]
+    with pytest.raises(ModelError, match="weights of a plain CLIP model, MSA's own part would be random"):
+        load(f"MSA-tiny-ViT={plain}")
+    assert load("tiny-ViT=untrained").scorer.rankings == ("global",)
+
+
+def test_unknown_commands_and_help(capsys) -> None:
+    assert cli.main(["evaluate"]) == 2
+    assert "unknown command 'evaluate'" in capsys.readouterr().err
+    assert cli.main([]) == 2
+    assert cli.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("entry", [["msa_openclip", "shards"], ["msa_openclip.shards"]])
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path, entry: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    few = ["--train", "1", "--val", "0", "--test", "0", "--size-px", "32"]
+    command = [sys.executable, "-m", *entry, "synthesize", str(tmp_path), *few]
+    with os.fdopen(writing, "w") as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    assert done.returncode == 141
+    assert "rror" not in done.stderr
+
+
+def test_the_command_starts_without_torch() -> None:
+    code = "import sys, msa_openclip.commands.main as cli; cli.main(['--help']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=300)
+
+
+def write_run(folder: Path, values: dict[int, float], weights: str) -> str:
+    """What open_clip_train.main leaves behind."""
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "params.txt").write_text("logs: ./logs\nmodel: MSA-tiny-ViT\nname: run\n")
+    lines = [json.dumps({"retrieval_fused_mR": value, "epoch": epoch}) for epoch, value in values.items()]
+    (folder / "checkpoints" / "results.jsonl").write_text("\n".join(lines) + "\n")
+    for epoch in values:
+        (folder / "checkpoints" / f"epoch_{epoch}.pt").symlink_to(weights)
+    return str(folder)
+
+
+def test_best_takes_the_best_epoch_on_val_and_sums_up_seeds(checkpoints, source: Path, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is missing (extra `plot`)")
+    weights = checkpoints["MSA-tiny-ViT"].partition("=")[2]
+    runs = [
+        write_run(tmp_path / "a", {1: 10.0, 2: 31.5, 3: 31.5, 4: 30.0}, weights),
+        write_run(tmp_path / "b", {1: 12.0, 2: 11.0}, weights),
+    ]
+    out, page = tmp_path / "best.json", tmp_path / "best.html"
+    reports = ["--json", str(out), "--html", str(page), "--bootstrap", "20"]
+    assert cli.main(["best", *runs, *caption_file(source), *reports]) == 0
+    found = json.loads(out.read_text())
+    low, high = found["models"][0]["intervals_95"]["fused"]["mR"]
+    assert low < found["models"][0]["metrics"]["fused"]["mR"] < high
+    assert page.read_text(encoding="utf-8").count("Hardest captions") == 2
+    assert [row["epoch"] for row in found["chosen"]] == [2, 1]
+    mean, sd = found["mean_sd"]["fused"]["mR"]
+    assert mean == pytest.approx(found["models"][0]["metrics"]["fused"]["mR"])
+    assert sd == 0.0
+    assert "a: epoch 2, retrieval_fused_mR 31.50 on val" in capsys.readouterr().out
+
+
+def test_runs_that_cannot_be_chosen_from_are_named(tmp_path: Path, checkpoints) -> None:
+    weights = checkpoints["MSA-tiny-ViT"].partition("=")[2]
+    run = write_run(tmp_path / "a", {1: 10.0, 2: 20.0}, weights)
+    with pytest.raises(RunError, match="no epoch has 'mR'; known are epoch, retrieval_fused_mR"):
+        best_epoch(run, "mR")
+    (tmp_path / "a" / "checkpoints" / "epoch_2.pt").unlink()
+    with pytest.raises(
+        RunError, match=r"epoch_2\.pt: not found, and epoch 2 is the best; train with --save-frequency 1"
+    ):
+        best_epoch(run)
+    with pytest.raises(RunError, match=r"results\.jsonl: not found"):
+        best_epoch(str(tmp_path / "none"))
+    (tmp_path / "a" / "checkpoints" / "epoch_2.pt").symlink_to(weights)
+    (tmp_path / "a" / "params.txt").write_text("name: run\n")
+    with pytest.raises(RunError, match=r"params\.txt: no line 'model: NAME'"):
+        best_epoch(run)
+
+
+def test_mean_and_sd() -> None:
+    found = mean_and_sd([{"a": 1.0, "b": 0.0}, {"a": 2.0}, {"a": 6.0}])
+    assert found == {"a": (3.0, pytest.approx(7**0.5))}
+    assert mean_and_sd([{"a": 1.0}]) == {"a": (1.0, 0.0)}
+
+
+@pytest.fixture
+def class_folder(tmp_path: Path) -> Path:
+    """Five pictures of two classes."""
+    for name, numbers in (("SportsField", (1, 2, 3)), ("open_water", (60, 61))):
+        (tmp_path / name).mkdir()
+        for number in numbers:
+            scene(number).save(tmp_path / name / f"{number}.png")
+    return tmp_path
+
+
+def test_classify_equals_a_loop_over_images_classes_and_templates(checkpoints, class_folder: Path) -> None:
+    model = load(checkpoints["MSA-tiny-ViT"])
+    images, templates = read_class_folder(str(class_folder)), ("a photo of {}.", "{} from above")
+    found = classify(model, images, templates, batch_size=2)
+    assert found.classes == ("SportsField", "open_water")
+    hits = {"global": [], "match": [], "fused": []}
+    model.scorer.model.requires_grad_(False)
+    for image in images:
+        pixels = model.preprocess(load_image(image))[None]
+        rows = {"global": [], "match": [], "fused": []}
+        for name in found.classes:
+            texts = model.scorer.texts(model.tokenizer([t.format(class_text(name)) for t in templates]))
+            encoded = model.scorer.images(pixels)
+            by_text = dict(zip(model.scorer.rankings, model.scorer.scores(encoded, texts)[:, 0], strict=True))
+            feature = texts.feature.mean(0)
+            cosine = encoded.feature @ (feature / feature.norm())
+            rows["global"].append(float(cosine))
+            rows["match"].append(float(by_text["match"].mean()))
+            rows["fused"].append(float(model.scorer.model.rank_scores(cosine, by_text["match"].mean().reshape(1, 1))))
+        right = found.classes.index(image.label)
+        for ranking, row in rows.items():
+            hits[ranking].append(100.0 * (max(row) == row[right]))
+    for ranking, values in hits.items():
+        assert found.top1[ranking] == pytest.approx(sum(values) / len(values))
+        assert found.per_class[ranking]["open_water"] == pytest.approx(sum(values[3:]) / 2)
+        assert found.top5[ranking] == 100.0
+
+
+def test_classify_knows_nothing_from_constant_scores(checkpoints, class_folder: Path, monkeypatch) -> None:
+    model = load(checkpoints["tiny-ViT"])
+    constant = EncodedTexts(torch.ones(2, 24) / 24**0.5, None)
+    monkeypatch.setattr(model.scorer, "texts", lambda ids: constant)
+    found = classify(model, read_class_folder(str(class_folder)), ("{}",))
+    assert found.top1 == {"global": 50.0}
+
+
+def test_classify_command(checkpoints, class_folder: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "zero.json"
+    assert cli.main(["classify", *checkpoints.values(), "--folder", str(class_folder), "--json", str(out)]) == 0
+    assert "5 images, 2 classes, 3 templates" in capsys.readouterr().out
+    assert set(json.loads(out.read_text())) == set(checkpoints.values())
+    assert cli.main(["classify", checkpoints["tiny-ViT"], "--folder", str(class_folder), "--templates", "a"]) == 1
+    assert "template 'a' has no {}" in capsys.readouterr().err
+
+
+def test_classify_refuses_images_without_class(checkpoints, tmp_path: Path) -> None:
+    path = write_captioned_scenes(tmp_path / "source")
+    with pytest.raises(EvalDataError, match=r"harbor_0: no class \(7 such images\)"):
+        classify(load(checkpoints["tiny-ViT"]), read_captions(str(path), str(path.parent / "images")))
+
+
+def test_class_names_become_words() -> None:
+    assert (
+        class_text("BaseballField") == class_text("baseball_field") == class_text("baseball-field") == "baseball field"
+    )

@@ -1,0 +1,195 @@
+"""Ranks and micro-batches: losses and gradients equal those of one process with the whole batch."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from helpers.traffic import counted, nbytes
+from packaging.version import parse as parse_version
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from msa_openclip import MSACLIP, MSALoss
+from msa_openclip.model.mscmat import IMAGE_SIDE_KEYS, TEXT_SIDE_KEYS
+
+VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16}
+TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+SCALES = [{"stage": 1, "pool": "max"}, {"stage": 2, "pool": "avg"}]
+PRESETS: dict[str, dict[str, Any]] = {
+    "all terms": {"image_scales": SCALES, "heads": 2, "loss": {"match_weight": 0.25, "consistency_weight": 0.25}},
+    "paper": {"preset": "paper", "image_scales": SCALES, "heads": 2},
+    "match": {"image_scales": SCALES, "heads": 2, "loss": {"global_weight": 0, "fused_weight": 0, "match_weight": 1}},
+}
+MODES = {
+    "local": {"local_loss": True, "gather_with_grad": True},
+    "gathered": {"local_loss": False, "gather_with_grad": True},
+    "plain": {"local_loss": False, "gather_with_grad": False},
+    "local alone": {"local_loss": True, "gather_with_grad": False},
+}
+ACCUM_FREQS = (1, 2)
+BATCH = 12
+
+
+def model_and_batch(preset: str) -> tuple[MSACLIP, Tensor, Tensor]:
+    torch.manual_seed(5)
+    model = MSACLIP(32, VISION, TEXT, PRESETS[preset]).double().train()
+    images = torch.randn(BATCH, 3, 32, 32, dtype=torch.float64)
+    texts = torch.randint(1, 60, (BATCH, 8))
+    texts[:, 0] = 60
+    texts[torch.arange(BATCH), torch.arange(BATCH) % 6 + 1] = 63  # end of text; what follows is padding
+    for row, end in enumerate(texts.argmax(dim=1)):
+        texts[row, end + 1 :] = 0
+    texts[7] = texts[2]  # an identical caption on another rank
+    return model, images, texts
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.requires_grad}  # type: ignore[misc]
+
+
+def whole_batch(preset: str) -> tuple[float, dict[str, Tensor]]:
+    model, images, texts = model_and_batch(preset)
+    loss = MSALoss(model.msa_cfg)(**model(images, texts))
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+def run_rank(rank: int, world_size: int, preset: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    try:
+        for (name, mode), accum_freq in itertools.product(MODES.items(), ACCUM_FREQS):
+            model, images, texts = model_and_batch(preset)
+            wrapped = DistributedDataParallel(model)
+            part = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
+            loss = MSALoss(model.msa_cfg, **mode, rank=rank, world_size=world_size, accum_freq=accum_freq)
+            losses = accumulate(wrapped, loss, images[part], texts[part])
+            torch.save((losses, gradients(wrapped)), f"{folder}/{name}-{accum_freq}-{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("preset", "world_size"), [("all terms", 2), ("all terms", 3), ("paper", 2), ("paper", 3), ("match", 2)]
+)
+def test_ranks_agree_with_one_process(preset: str, world_size: int, tmp_path: Path) -> None:
+    """In every mode and with micro-batches; `local_loss` alone drops gradients of global features, but of no scores."""
+    expected_loss, expected = whole_batch(preset)
+    torch.multiprocessing.spawn(run_rank, (world_size, preset, str(tmp_path)), nprocs=world_size)
+    for mode, accum_freq in itertools.product(MODES, ACCUM_FREQS):
+        ranks = [
+            torch.load(tmp_path / f"{mode}-{accum_freq}-{rank}.pt", weights_only=True) for rank in range(world_size)
+        ]
+        losses = torch.tensor([losses for losses, _ in ranks], dtype=torch.float64)
+        if mode.startswith("local"):
+            losses = losses.mean(dim=0)
+        torch.testing.assert_close(losses, torch.full_like(losses, expected_loss), rtol=1e-5, atol=0)
+        if mode == "local alone" and preset != "match":
+            continue
+        for name, gradient in expected.items():
+            torch.testing.assert_close(ranks[0][1][name], gradient, rtol=1e-5, atol=1e-9, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+def sharded_rank(rank: int, world_size: int, folder: str) -> None:
+    """One step with FSDP2: a group of parameters for each block of the towers and one for all else."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    try:
+        model, images, texts = model_and_batch("all terms")
+        mesh = init_device_mesh("cpu", (world_size,))
+        for block in (*model.visual.transformer.resblocks, *model.text.transformer.resblocks):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh, ignored_params={model.logit_scale})  # it takes no scalars
+        part = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
+        loss = MSALoss(model.msa_cfg, **MODES["local"], rank=rank, world_size=world_size)
+        loss(**model(images[part], texts[part])).backward()
+        found = {name: whole(gradient) for name, gradient in gradients(model).items()}
+        dist.all_reduce(found["logit_scale"])
+        found["logit_scale"] /= world_size
+        torch.save(found, f"{folder}/{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    os._exit(0)  # now and then a thread of torch's is still running when the interpreter ends, which aborts the process
+
+
+def whole(gradient: Tensor) -> Tensor:
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
+@pytest.mark.skipif(
+    parse_version(torch.__version__) < parse_version("2.7"),
+    reason="fully_shard with ignored parameters needs torch 2.7",
+)
+def test_fully_sharded_models_agree_with_one_process(tmp_path: Path) -> None:
+    _, expected = whole_batch("all terms")
+    torch.multiprocessing.spawn(sharded_rank, (2, str(tmp_path)), nprocs=2)
+    torch.testing.assert_close(torch.load(tmp_path / "0.pt", weights_only=True), expected, rtol=1e-5, atol=1e-9)
+
+
+def sending_rank(rank: int, world_size: int, folder: str) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    try:
+        model, images, texts = model_and_batch("all terms")
+        texts[:, (4, 6)[rank] :] = 0  # ranks may have texts of different lengths
+        output = model(images[:2], texts[:2])
+        loss = MSALoss(model.msa_cfg, local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+        with counted() as forwards:
+            total = loss(**output)
+        with counted() as backwards:
+            total.backward()
+        torch.save((output, forwards, backwards), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_texts_stay_on_their_rank(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(sending_rank, (2, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        output, forwards, backwards = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        features = nbytes(output["image_features"], output["text_features"])
+        images = nbytes(*(output[key] for key in IMAGE_SIDE_KEYS))
+        scores = 2 * 2 * 2 * 8  # of the other rank's two images with our two texts at two scales, float64
+        assert forwards == {"all_gather": features + images + nbytes(output["text_ids"]), "all_to_all_single": scores}
+        assert backwards == {"all_to_all_single": features + images + scores}
+        assert sum(forwards.values()) < nbytes(*(output[key] for key in TEXT_SIDE_KEYS))
+
+
+def accumulate(model: torch.nn.Module, loss_function: MSALoss, images: Tensor, texts: Tensor) -> list[float]:
+    """The loop of open_clip_train.train: features cached without gradient, then one backward a micro-batch."""
+    parts = list(zip(images.chunk(loss_function.accum_freq), texts.chunk(loss_function.accum_freq), strict=True))
+    with torch.no_grad():
+        cached = [{k: v for k, v in model(*part).items() if k != "logit_scale"} for part in parts]
+    losses = []
+    for j, part in enumerate(parts):
+        output = model(*part)
+        logit_scale = output.pop("logit_scale")
+        inputs = {
+            key: torch.cat([output[key] if i == j else other[key] for i, other in enumerate(cached)]) for key in output
+        }
+        loss = loss_function(**inputs, logit_scale=logit_scale, output_dict=False)
+        loss.backward()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("accum_freq", [2, 3])
+def test_accumulation_agrees_with_the_whole_batch(preset: str, accum_freq: int) -> None:
+    expected_loss, expected = whole_batch(preset)
+    model, images, texts = model_and_batch(preset)
+    losses = accumulate(model, MSALoss(model.msa_cfg, accum_freq=accum_freq), images, texts)
+    assert losses == pytest.approx([expected_loss] * accum_freq, rel=1e-9)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-9, msg=lambda m: f"{name}: {m}")  # noqa: B023
