@@ -26,8 +26,7 @@ from pathlib import Path
 import webdataset
 from machine import cpu_name
 
-from msa_openclip.shards import BuildOptions
-from msa_openclip.shards.building import build
+from msa_openclip.shards import BuildOptions, build
 from msa_openclip.shards.synthetic.scenes import scene
 
 DRAWN = 60  # different scenes; each is stored many times under different names

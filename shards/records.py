@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,6 +91,12 @@ class Rejection:
 def clean_caption(text: str) -> str:
     """Collapse all white space, so that a caption never holds the newline that separates captions."""
     return " ".join(text.split())
+
+
+def class_words(name: str) -> str:
+    """`BaseballField`, `baseball_field` and `baseball-field` in words: baseball field."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    return re.sub(r"[\s_\-]+", " ", spaced).strip().lower()
 
 
 def sample_key(image_id: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from ..data.pixels import load_image
-from ..explain.explain import explain
+from ..explain.explanation import explain
 from ..explain.figure import figure, view
 from ..search.filters import SearchFilter
 from ..search.searcher import Hit, Searcher

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from ..data.captioned import CaptionedImage
 from ..data.pixels import load_image
 from ..evaluation.loading import load
-from ..explain.explain import Explanation, explain
+from ..explain.explanation import Explanation, explain
 from ..explain.figure import figure, view
 from ..reports.report import write_json
 from ..shards.records import Location

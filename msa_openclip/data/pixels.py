@@ -43,6 +43,11 @@ class _Pixels(Dataset[Tensor]):
         return self.preprocess(load_image(self.images[index]))
 
 
+def batch_spans(total: int, size: int) -> list[range]:
+    """0 to `total` in batches of `size`; the last one may be smaller."""
+    return [range(start, min(start + size, total)) for start in range(0, total, size)]
+
+
 def batches(
     images: Sequence[CaptionedImage], preprocess: Preprocess, chosen: Iterable[Sequence[int]], workers: int = 0
 ) -> Iterator[Tensor]:

@@ -25,9 +25,6 @@ from ..shards.storage import store, tars
 from .captioned import CaptionedImage, EvalDataError
 from .streams import StreamError, open_shard, retrying
 
-IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
-"""Shard members that open_clip takes for the image."""
-
 
 def read_shards(shards: str | Sequence[str]) -> list[CaptionedImage]:
     """Images of WebDataset shards in the image or pair layout, in their order; pairs of one image put together again.
@@ -90,25 +87,20 @@ def _read_shard(url: str) -> Iterator[CaptionedImage]:
     with _seekable(url) as (file, place_url):
         for key, group in list(tars.samples(file)):
             members = {member.extension: member for member in group}
-            image = next((members[name] for name in IMAGE_MEMBERS if name in members), None)
+            image = tars.image_of(members)
             if image is None or "txt" not in members:
                 raise EvalDataError(
                     f"{url}: sample {key} has {', '.join(sorted(members))}; it needs KEY.txt and one of "
-                    f"{', '.join('KEY.' + name for name in IMAGE_MEMBERS)}, or open_clip would drop it in silence. "
-                    "Build the shards with `msa-openclip shards`."
+                    f"{', '.join('KEY.' + name for name in tars.IMAGE_MEMBERS)}, or open_clip would drop it in "
+                    "silence. Build the shards with `msa-openclip shards`."
                 )
-            text = _bytes(file, members["txt"]).decode()
-            metadata = json.loads(_bytes(file, members["json"])) if "json" in members else {}
-            image_id = metadata.get("image_id") or "sha256:" + hashlib.sha256(_bytes(file, image)).hexdigest()
+            text = tars.read_member(file, members["txt"]).decode()
+            metadata = json.loads(tars.read_member(file, members["json"])) if "json" in members else {}
+            image_id = metadata.get("image_id") or "sha256:" + hashlib.sha256(tars.read_member(file, image)).hexdigest()
             captions = tuple(filter(None, map(clean_caption, text.splitlines())))
             location = Location(place_url, image.offset, image.size)
             known = {key: metadata[key] for key in ("geo", "meta") if key in metadata}
             yield CaptionedImage(image_id, location, captions, metadata.get("class"), known)
-
-
-def _bytes(file: IO[bytes], member: tars.Member) -> bytes:
-    file.seek(member.offset)
-    return file.read(member.size)
 
 
 def read_captions(

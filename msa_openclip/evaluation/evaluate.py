@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..data.pixels import Preprocess, batches
+from ..data.pixels import Preprocess, batch_spans, batches
 from ..distributed import Peers
 from .eval_set import EvalSet
 from .metrics import Retrieval, Ties
@@ -106,7 +106,7 @@ def encode_images(
 ) -> EncodedImages:
     """Encode this rank's batches and get the others': all images, on the device or, if that is too much, on disk."""
     total = len(data.images)
-    spans = [range(start, min(start + options.batch_size, total)) for start in range(0, total, options.batch_size)]
+    spans = batch_spans(total, options.batch_size)
     mine = spans[peers.rank :: peers.world_size] or spans[:1]  # one at least, to learn the shapes from
     bank: tuple[Tensor, ...] = ()
     for span, pixels in zip(mine, batches(data.images, preprocess, mine, options.workers), strict=True):

@@ -9,7 +9,7 @@ import open_clip
 from open_clip.factory import load_state_dict
 
 from ..data.pixels import Preprocess
-from ..model.msaclip import MSACLIP
+from ..model.msaclip import MSA_PREFIXES, MSACLIP
 from .run_parameters import model_options
 from .scorer import Scorer, Tokenizer
 
@@ -80,7 +80,7 @@ def split_spec(spec: str) -> tuple[str, str | None]:
 def _require_trained_head(spec: str, pretrained: str) -> None:
     """Refuse weights of a plain CLIP model: they start a training well, but leave MSCMAT random."""
     keys = load_state_dict(pretrained) if os.path.isfile(pretrained) else {}
-    if not any(key.startswith(("image_scales.", "fusion.", "mscmat.")) for key in keys):
+    if not any(key.startswith(MSA_PREFIXES) for key in keys):
         raise ModelError(
             f"{spec}: these are weights of a plain CLIP model, MSA's own part would be random. "
             "Train it first (`--pretrained` of open_clip_train.main starts from them), or evaluate the plain model."

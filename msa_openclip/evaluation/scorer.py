@@ -6,7 +6,7 @@ Shapes: I images, T texts, S scales, R rankings, E embed_dim.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -19,6 +19,12 @@ from torch import Tensor, nn
 from ..model.msaclip import MSACLIP
 from ..model.towers import pad_id, token_mask
 from ..pair_scores.formula import ImageSide, TextSide
+
+
+def main_ranking(rankings: Collection[str]) -> str:
+    """The ranking that speaks for a model: fused, where there is one."""
+    return "fused" if "fused" in rankings else "global"
+
 
 Tokenizer = Callable[[list[str]], Tensor]
 """Captions -> token ids (T, L)."""
@@ -107,8 +113,8 @@ class Scorer:
 
     @property
     def main_ranking(self) -> str:
-        """The one that speaks for the model: fused, where there is one."""
-        return "fused" if self.has_match else "global"
+        """The one that speaks for the model."""
+        return main_ranking(self.rankings)
 
     def images(self, pixels: Tensor) -> EncodedImages:
         """Encode preprocessed images (I, 3, h, w)."""

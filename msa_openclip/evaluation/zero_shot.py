@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.captioned import CaptionedImage, EvalDataError
-from ..data.pixels import batches
+from ..data.pixels import batch_spans, batches
+from ..shards.records import class_words
 from .evaluate import TIE
 from .loading import LoadedModel
 from .scorer import EncodedTexts
@@ -32,12 +33,6 @@ class ZeroShot:
     top5: dict[str, float]
     per_class: dict[str, dict[str, float]]
     """By ranking and class: top-1 of the images of that class."""
-
-
-def class_text(label: str) -> str:
-    """How a folder name reads in a caption: `baseball_field` and `BaseballField` become `baseball field`."""
-    spaced = "".join(f" {c}" if c.isupper() and i and label[i - 1].islower() else c for i, c in enumerate(label))
-    return " ".join(spaced.replace("_", " ").replace("-", " ").lower().split())
 
 
 def classify(
@@ -60,9 +55,9 @@ def classify(
     classes = _checked_classes(images, templates)
     number = {name: index for index, name in enumerate(classes)}
     target = torch.tensor([number[str(image.label)] for image in images])
-    texts = [template.format(class_text(name)) for name in classes for template in templates]
+    texts = [template.format(class_words(name)) for name in classes for template in templates]
     encoded = model.scorer.texts(model.tokenizer(texts))
-    spans = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
+    spans = batch_spans(len(images), batch_size)
     scores = [
         _class_scores(model, pixels, encoded, len(templates))
         for pixels in batches(images, model.preprocess, spans, workers)

@@ -9,7 +9,7 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from ..evaluation.loading import LoadedModel
-from .explain import ExplainError, Explanation
+from .explanation import ExplainError, Explanation
 
 _DARK = 0.2
 

@@ -152,8 +152,8 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         Raises:
             RuntimeError: the checkpoint fits neither; the message names what is missing, as open_clip's would.
         """
-        own = {key: value for key, value in self.state_dict().items() if key.startswith(_OWN_PREFIXES)}
-        warm_start = bool(own) and not any(key.startswith(_OWN_PREFIXES) for key in state_dict)
+        own = {key: value for key, value in self.state_dict().items() if key.startswith(MSA_PREFIXES)}
+        warm_start = bool(own) and not any(key.startswith(MSA_PREFIXES) for key in state_dict)
         if warm_start:
             state_dict = {**own, **{key: value for key, value in state_dict.items() if key not in _ARCHIVE_KEYS}}
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -213,7 +213,8 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
             self.image_scales.requires_grad_(False)
 
 
-_OWN_PREFIXES = ("image_scales.", "fusion.", "mscmat.")
+MSA_PREFIXES = ("image_scales.", "fusion.", "mscmat.")
+"""Of the parameters that a plain CLIP model lacks."""
 
 
 def _build_fusion(cfg: MSACfg, channels: Sequence[int], embed_dim: int) -> nn.Module | None:

@@ -18,7 +18,7 @@ from ..data.pixels import load_image
 from ..evaluation.evaluate import Evaluation
 from ..evaluation.loading import LoadedModel
 from ..evaluation.scorer import EncodedImages
-from ..explain.explain import Explanation, explain
+from ..explain.explanation import Explanation, explain
 from ..explain.figure import view
 
 _HARDEST, _SUREST, _ANSWERS = 12, 4, 4

@@ -8,7 +8,7 @@ from html import escape
 
 from PIL import Image
 
-from ..explain.explain import ScaleExplanation
+from ..explain.explanation import ScaleExplanation
 from ..explain.figure import spotlight
 from .examples import Reason
 

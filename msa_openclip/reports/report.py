@@ -14,6 +14,7 @@ import torch
 from ..evaluation.eval_set import EvalSet
 from ..evaluation.evaluate import Evaluation
 from ..evaluation.metrics import Ties
+from ..evaluation.scorer import main_ranking
 from .examples import Examples
 
 COLUMNS = ("i2t_R@1", "i2t_R@5", "i2t_R@10", "t2i_R@1", "t2i_R@5", "t2i_R@10", "mR")
@@ -42,14 +43,14 @@ class ModelResult:
 
     @property
     def main_ranking(self) -> str:
-        """The one that speaks for the model: fused, where there is one."""
-        return "fused" if "fused" in self.metrics else "global"
+        """The one that speaks for the model."""
+        return main_ranking(self.metrics)
 
     @classmethod
     def of(cls, spec: str, found: Evaluation, seconds: float, *, ties: Ties, bootstrap: int) -> ModelResult:
         """Sum up an evaluation; `bootstrap` is the number of samples, 0 for no intervals."""
         shown = [name for name in found.per_caption if "_scale" not in name]
-        main = "fused" if "fused" in shown else "global"
+        main = main_ranking(shown)
         names, classes = found.data.classes
         by_class = found.per_caption[main].by_class(classes, ties) if names else {}
         return cls(

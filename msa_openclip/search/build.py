@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.captioned import CaptionedImage
-from ..data.pixels import batches
+from ..data.pixels import batch_spans, batches
 from ..distributed import Peers
 from ..evaluation.loading import LoadedModel
 from .files import (
@@ -95,7 +95,7 @@ def _segment_name(images: Sequence[CaptionedImage]) -> str:
 def _encode_segment(
     model: LoadedModel, images: Sequence[CaptionedImage], root: Path, name: str, batch_size: int, workers: int
 ) -> None:
-    spans = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
+    spans = batch_spans(len(images), batch_size)
     features: list[NDArray[np.float16]] = []
     projected: list[NDArray[np.float16]] = []
     for span, pixels in zip(spans, batches(images, model.preprocess, spans, workers), strict=True):

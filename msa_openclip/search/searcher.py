@@ -148,14 +148,14 @@ class Searcher:
         return [self._hit(scores[:, place], text=texts[place]) for place in self._order(scores, k)]
 
     def _order(self, scores: Tensor, k: int) -> list[int]:
-        main = scores[self.scorer.rankings.index("fused") if self.scorer.has_match else 0]
+        main = scores[self.scorer.rankings.index(self.scorer.main_ranking)]
         order: list[int] = main.argsort(descending=True, stable=True)[:k].tolist()
         return order
 
     def _hit(self, scores: Tensor, **answer: Any) -> Hit:
         by_ranking: Mapping[str, float] = dict(zip(self.scorer.rankings, scores.tolist(), strict=True))
         match = tuple(value for name, value in by_ranking.items() if name.startswith("match_scale"))
-        return Hit(by_ranking.get("fused", by_ranking["global"]), by_ranking["global"], match, **answer)
+        return Hit(by_ranking[self.scorer.main_ranking], by_ranking["global"], match, **answer)
 
     def _captions(self) -> tuple[tuple[str, ...], Tensor]:
         """All distinct captions of the index and their global features, encoded once."""

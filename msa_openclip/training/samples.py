@@ -21,10 +21,9 @@ from webdataset.tariterators import base_plus_ext
 from ..data.streams import StreamError, open_shard
 from ..shards.records import clean_caption
 from ..shards.storage import store
+from ..shards.storage.tars import IMAGE_MEMBERS, image_of
 from .shares import ShardDataError, Share
 
-IMAGE_MEMBERS = ("jpg", "png", "jpeg", "webp")
-"""Members that open_clip takes for the image, in its order."""
 EXPECTED = f"KEY.txt with captions, one a line, and one of {', '.join('KEY.' + name for name in IMAGE_MEMBERS)}"
 PATIENCE = 200
 """So many samples without a usable one prove that there is none."""
@@ -176,7 +175,7 @@ def _members(file: IO[bytes], share: Share, tally: Tally) -> Iterator[dict[str, 
 
 def _usable(members: Sample, tally: Tally) -> Sample | None:
     """Image and captions of a sample; None, and a line in the tally, if it lacks one."""
-    image = next((members[name] for name in IMAGE_MEMBERS if name in members), None)
+    image = image_of(members)
     if image is None or "txt" not in members:
         names = ", ".join(sorted(name for name in members if not name.startswith("__")))
         lack = "image" if image is None else "captions"

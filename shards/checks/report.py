@@ -16,7 +16,7 @@ from .. import manifest
 from ..readers.tar_files import expand
 from ..records import SPLITS, ShardError, clean_caption
 from ..storage import store
-from ..storage.tars import samples
+from ..storage.tars import image_of, read_member, samples
 from .duplicates import equal_groups, near_groups, perceptual_hash
 
 SHOWN = 12  # sample images of the report
@@ -129,15 +129,10 @@ def _samples(folders: Sequence[str]) -> Iterator[Seen]:
         for url in expand(folder):
             with store.open_read(url) as file:
                 for key, members in samples(file):
-                    parts = {}
-                    for member in members:
-                        at = file.tell()
-                        file.seek(member.offset)
-                        parts[member.extension] = file.read(member.size)
-                        file.seek(at)
+                    parts = {member.extension: read_member(file, member) for member in members}
                     metadata = json.loads(parts.get("json", b"{}"))
                     captions = metadata.get("captions") or parts.get("txt", b"").decode().split("\n")
-                    image = next((parts[name] for name in ("jpg", "png", "webp", "jpeg") if name in parts), b"")
+                    image = image_of(parts) or b""
                     split = prefix + (metadata.get("split") or "unknown")
                     yield Seen(split, metadata.get("image_id", key), metadata, captions, image)
 

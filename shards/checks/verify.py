@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .. import manifest
 from ..running import engines, stopping
 from ..storage import store
-from ..storage.tars import SUM_BYTES, BlockSums, members, samples
+from ..storage.tars import SUM_BYTES, BlockSums, image_of, members, read_member, samples
 
 _CRC_TABLE = [zlib.crc32(bytes([0, byte])) ^ zlib.crc32(bytes([0, 0])) for byte in range(256)]
 _BY_TOP_BYTE = {value >> 24: index for index, value in enumerate(_CRC_TABLE)}
@@ -176,14 +176,12 @@ def _decode_all(file: IO[bytes], name: str) -> Iterator[Problem]:
     for key, group in groups:
         stopping.check()
         parts = {member.extension: member for member in group}
-        image = next((parts[suffix] for suffix in ("jpg", "png", "webp") if suffix in parts), None)
+        image = image_of(parts)
         if image is None or not {"txt", "json"} <= set(parts):
             yield Problem(name, f"sample {key} has {', '.join(parts)}; expected an image, txt and json")
             continue
-        file.seek(image.offset)
-        data = file.read(image.size)
-        file.seek(parts["json"].offset)
-        metadata = json.loads(file.read(parts["json"].size))
+        data = read_member(file, image)
+        metadata = json.loads(read_member(file, parts["json"]))
         if hashlib.sha256(data).hexdigest() != metadata.get("sha256"):
             yield Problem(name, f"{image.name} is not the image its JSON describes (sha256)")
         try:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from ..imagery.prepare import EXTENSIONS
 from ..options import ReadOptions
-from ..records import SPLITS, Entry, Rejection, ShardError
+from ..records import SPLITS, Entry, Rejection, ShardError, class_words
 from ..storage import store
 
 
@@ -26,9 +25,3 @@ def read_folder(folder: str, options: ReadOptions) -> Iterator[Entry | Rejection
             continue
         label = class_words(above[-1])
         yield Entry(name, tuple(template.replace("{}", label) for template in options.templates), split, label)
-
-
-def class_words(name: str) -> str:
-    """`BaseballField`, `baseball_field` and `baseball-field` in words: baseball field."""
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
-    return re.sub(r"[\s_\-]+", " ", spaced).strip().lower()

@@ -14,7 +14,7 @@ from ..imagery.prepare import EXTENSIONS
 from ..options import ReadOptions
 from ..records import SPLITS, Entry, Location, Rejection, ShardError
 from ..storage import store
-from ..storage.tars import Member, samples
+from ..storage.tars import Member, read_member, samples
 
 _IMAGES = {*(extension[1:] for extension in EXTENSIONS), "img_content", "image", "img"}
 _TEXTS = ("txt", "caption", "captions", "text")
@@ -78,7 +78,7 @@ def _entry(
     captions: list[str] = []
     for name in options.caption_columns or _TEXTS:
         if name in by_extension and not captions:
-            captions = _captions(_bytes(file, by_extension[name]).decode("utf-8", "replace"))
+            captions = _captions(read_member(file, by_extension[name]).decode("utf-8", "replace"))
     for name in options.caption_columns or _CAPTION_KEYS:
         if name in metadata and not captions:
             value = metadata[name]
@@ -109,18 +109,10 @@ def _captions(text: str) -> list[str]:
 
 def _json(file: IO[bytes], member: Member) -> dict[str, Any]:
     try:
-        content = json.loads(_bytes(file, member))
+        content = json.loads(read_member(file, member))
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _bytes(file: IO[bytes], member: Member) -> bytes:
-    at = file.tell()
-    file.seek(member.offset)
-    data = file.read(member.size)
-    file.seek(at)
-    return data
 
 
 def _name_of(part: str) -> str:

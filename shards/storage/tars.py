@@ -6,8 +6,8 @@ import hashlib
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
-from typing import IO, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import IO, NamedTuple, TypeVar
 
 BLOCK = 512
 SUM_BYTES = 1 << 20
@@ -17,6 +17,8 @@ _AFTER_SIZE = b"\0" + b"0" * 11 + b"\0"  # time
 _CHECKSUM_END = b"\0 "
 _REST = b"0" + bytes(100) + b"ustar\00000" + bytes(247)  # a file, no link, no names
 _FIXED_SUM = sum(_BEFORE_SIZE) + sum(_AFTER_SIZE) + 8 * ord(" ") + sum(_REST)  # the checksum itself counts as spaces
+IMAGE_MEMBERS = ("jpg", "png", "jpeg", "webp")
+"""Extensions of the images that open_clip reads from shards; of several in a sample the first counts, as there."""
 MEMBER_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # as webdataset splits key and extension
 
 
@@ -38,6 +40,23 @@ class Member(NamedTuple):
         """What follows the first dot, in lower case; empty if there is none."""
         match = MEMBER_NAME.match(self.name)
         return match.group(2).lower() if match else ""
+
+
+Part = TypeVar("Part")
+
+
+def image_of(parts: Mapping[str, Part]) -> Part | None:
+    """The image among the parts of a sample by extension; None if there is none."""
+    return next((parts[name] for name in IMAGE_MEMBERS if name in parts), None)
+
+
+def read_member(file: IO[bytes], member: Member) -> bytes:
+    """The bytes of a member; the file stays where it was, for who reads on."""
+    position = file.tell()
+    file.seek(member.offset)
+    data = file.read(member.size)
+    file.seek(position)
+    return data
 
 
 class BlockSums:

@@ -20,8 +20,9 @@ from msa_openclip.data.pixels import load_image
 from msa_openclip.data.readers import read_captions, read_class_folder
 from msa_openclip.evaluation.loading import ModelError, load
 from msa_openclip.evaluation.scorer import EncodedTexts
-from msa_openclip.evaluation.zero_shot import class_text, classify
+from msa_openclip.evaluation.zero_shot import classify
 from msa_openclip.reports.run_selection import RunError, best_epoch, mean_and_sd
+from msa_openclip.shards.records import class_words
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +230,7 @@ def test_classify_equals_a_loop_over_images_classes_and_templates(checkpoints, c
         pixels = model.preprocess(load_image(image))[None]
         rows = {"global": [], "match": [], "fused": []}
         for name in found.classes:
-            texts = model.scorer.texts(model.tokenizer([t.format(class_text(name)) for t in templates]))
+            texts = model.scorer.texts(model.tokenizer([t.format(class_words(name)) for t in templates]))
             encoded = model.scorer.images(pixels)
             by_text = dict(zip(model.scorer.rankings, model.scorer.scores(encoded, texts)[:, 0], strict=True))
             feature = texts.feature.mean(0)
@@ -271,5 +272,8 @@ def test_classify_refuses_images_without_class(checkpoints, tmp_path: Path) -> N
 
 def test_class_names_become_words() -> None:
     assert (
-        class_text("BaseballField") == class_text("baseball_field") == class_text("baseball-field") == "baseball field"
+        class_words("BaseballField")
+        == class_words("baseball_field")
+        == class_words("baseball-field")
+        == "baseball field"
     )

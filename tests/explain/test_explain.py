@@ -14,7 +14,7 @@ from PIL import Image
 
 from msa_openclip.commands import main as cli
 from msa_openclip.evaluation.loading import LoadedModel, load
-from msa_openclip.explain.explain import ExplainError, explain
+from msa_openclip.explain.explanation import ExplainError, explain
 from msa_openclip.explain.figure import figure
 
 TEXT = "Many unparkable planes, near trees"

@@ -96,7 +96,7 @@ def test_activating_again_changes_nothing(run_python: Run) -> None:
     code = """
 import sys
 import open_clip, msa_openclip
-from msa_openclip import autoload, registration
+from msa_openclip import autoload
 before = (open_clip.create_model, open_clip.create_loss, list(sys.meta_path), open_clip.list_models())
 for _ in range(3):
     autoload.activate()
@@ -123,7 +123,16 @@ def test_importing_open_clip_imports_no_part_of_the_model(run_python: Run) -> No
     code = "import sys, open_clip; print('\\n'.join(sorted(sys.modules)))"
     names = run_python(code).stdout.split()
     ours = {name for name in names if name.startswith("msa_openclip")}
-    assert ours == {"msa_openclip", "msa_openclip.autoload", "msa_openclip.plugin.registration"}
+    plugin = {
+        f"msa_openclip.plugin.{name}" for name in ("configs", "factory", "hub", "patching", "registration", "trainer")
+    }
+    assert ours == {
+        "msa_openclip",
+        "msa_openclip.autoload",
+        "msa_openclip.plugin",
+        "msa_openclip.plugin.transforms",
+        *plugin,
+    }
 
 
 # ---- configurations of the user's own

@@ -18,7 +18,7 @@ from msa_openclip.evaluation.eval_set import EvalSet
 from msa_openclip.evaluation.evaluate import Evaluation, evaluate
 from msa_openclip.evaluation.loading import LoadedModel, load
 from msa_openclip.evaluation.scorer import Scorer
-from msa_openclip.explain.explain import explain
+from msa_openclip.explain.explanation import explain
 from msa_openclip.explain.figure import spotlight, view
 from msa_openclip.reports.examples import Examples, find_examples
 from msa_openclip.reports.explanation_table import explanation_table

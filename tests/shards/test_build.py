@@ -18,8 +18,7 @@ from helpers.shards_data import karpathy, picture_bytes, real_data, shard_bytes,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msa_openclip.shards import BuildOptions, ImageOptions, ShardError
-from msa_openclip.shards.building import build
+from msa_openclip.shards import BuildOptions, ImageOptions, ShardError, build
 from msa_openclip.shards.building.plan import Plan
 from msa_openclip.shards.building.writer import ShardJob, write_shard
 from msa_openclip.shards.readers import intake

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from helpers.shards_data import karpathy
 
-from msa_openclip.shards import BuildOptions
-from msa_openclip.shards.building import build
+from msa_openclip.shards import BuildOptions, build
 from msa_openclip.shards.command_line import main
 
 

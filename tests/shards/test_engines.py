@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 from helpers.shards_data import karpathy, shard_bytes
 
-from msa_openclip.shards import BuildOptions, ImageOptions, ShardError
-from msa_openclip.shards.building import build
+from msa_openclip.shards import BuildOptions, ImageOptions, ShardError, build
 from msa_openclip.shards.building.plan import Sample
 from msa_openclip.shards.building.writer import ShardJob, write_shard
 from msa_openclip.shards.records import Location, Record
@@ -79,7 +78,7 @@ import os
 import signal
 import time
 from pathlib import Path
-from msa_openclip.shards import shard_writer
+from msa_openclip.shards.building import writer as shard_writer
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what they run in the background ignore Ctrl-C
 prepare, calls = shard_writer.prepare, []

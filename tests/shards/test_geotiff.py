@@ -12,8 +12,7 @@ import pytest
 from helpers.shards_data import tar_members
 from PIL import Image
 
-from msa_openclip.shards import BuildOptions, ImageOptions, ShardError
-from msa_openclip.shards.building import build
+from msa_openclip.shards import BuildOptions, ImageOptions, ShardError, build
 
 rasterio = pytest.importorskip("rasterio", reason="rasterio (extra geo) is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")

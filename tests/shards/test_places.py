@@ -14,9 +14,7 @@ import fsspec
 import pytest
 from helpers.shards_data import karpathy, real_data, shard_bytes, tar_members
 
-from msa_openclip.shards import BuildOptions, ShardError
-from msa_openclip.shards.building import build
-from msa_openclip.shards.checks import verify
+from msa_openclip.shards import BuildOptions, ShardError, build, verify
 from msa_openclip.shards.command_line import main
 
 OPTIONS = BuildOptions(shards=3, name="tiny")

@@ -13,11 +13,9 @@ import pytest
 from helpers.shards_data import karpathy, picture, picture_bytes, real_data, tar_members
 from PIL import Image
 
-from msa_openclip.shards import BuildOptions, ReadOptions, ShardError
-from msa_openclip.shards.building import build
-from msa_openclip.shards.readers.folders import class_words
+from msa_openclip.shards import BuildOptions, ReadOptions, ShardError, build
 from msa_openclip.shards.readers.formats import detect, read
-from msa_openclip.shards.records import Entry, Rejection
+from msa_openclip.shards.records import Entry, Rejection, class_words
 
 
 def entries(source: Path | str, **options: Any) -> list[Entry]:

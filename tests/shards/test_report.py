@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from msa_openclip.shards import BuildOptions, ReadOptions, ShardError
-from msa_openclip.shards.building import build
+from msa_openclip.shards import BuildOptions, ReadOptions, ShardError, build
 from msa_openclip.shards.checks.duplicates import equal_groups, near_groups
 from msa_openclip.shards.checks.report import report, text
 from msa_openclip.shards.command_line import main

@@ -19,10 +19,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from helpers.shards_data import karpathy, shard_bytes, tar_members
 
-from msa_openclip.shards import BuildOptions, ImageOptions, ShardError
-from msa_openclip.shards.building import build
+from msa_openclip.shards import BuildOptions, ImageOptions, ShardError, build, verify
 from msa_openclip.shards.building.writer import DiskFull
-from msa_openclip.shards.checks import verify
 from msa_openclip.shards.command_line import main
 
 
