@@ -405,7 +405,7 @@ STEP_AT_SIZE = """
 import re
 from pathlib import Path
 import torch
-from msa_openclip.pair_scores_cpu import tiled_attention
+from msa_openclip.pair_scores.cpu import tiled_attention
 
 def resident(field):
     return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
