@@ -25,8 +25,9 @@ from msa_openclip.data.pixels import batches, load_image
 from msa_openclip.data.readers import read_shards
 from msa_openclip.evaluation import evaluate as evaluation
 from msa_openclip.evaluation.eval_set import EvalSet
-from msa_openclip.evaluation.evaluate import EvalOptions, evaluate
+from msa_openclip.evaluation.evaluate import evaluate
 from msa_openclip.evaluation.loading import LoadedModel, load
+from msa_openclip.evaluation.options import EvalOptions
 from msa_openclip.evaluation.scorer import EncodedImages, EncodedTexts, Scorer
 from msa_openclip.pair_scores.formula import TextSide
 from msa_openclip.search.build import build_index

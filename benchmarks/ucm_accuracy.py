@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from msa_openclip.commands.steps import CLI, TRAIN, StepError, shard_pattern, typed
 from msa_openclip.reports.run_selection import best_epoch
+from msa_openclip.steps import CLI, TRAIN, StepError, shard_pattern, typed
 
 TOWERS: dict[str, Any] = {
     "embed_dim": 192,

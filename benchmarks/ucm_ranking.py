@@ -25,15 +25,16 @@ from typing import Any
 from torch import Tensor
 from ucm_accuracy import mean_sd, rate
 
-from msa_openclip.commands.steps import shard_pattern
 from msa_openclip.config import Ranking
 from msa_openclip.data.readers import read_shards
 from msa_openclip.distributed import Peers
 from msa_openclip.evaluation.eval_set import EvalSet
-from msa_openclip.evaluation.evaluate import TIE, EvalOptions, encode_images
+from msa_openclip.evaluation.evaluate import TIE, encode_images
 from msa_openclip.evaluation.loading import LoadedModel, load
+from msa_openclip.evaluation.options import EvalOptions
 from msa_openclip.evaluation.rank_counter import retrieval
 from msa_openclip.model.mscmat import fused_scores
+from msa_openclip.steps import shard_pattern
 
 MATCH_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 REVERSE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)

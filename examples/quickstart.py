@@ -12,9 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from msa_openclip.commands.steps import CLI, TRAIN, StepError, run, shard_pattern
 from msa_openclip.reports.run_plot import plot_run
 from msa_openclip.reports.run_selection import best_epoch
+from msa_openclip.steps import CLI, TRAIN, StepError, run, shard_pattern
 
 MODEL = "MSA-ViT-Ti"
 

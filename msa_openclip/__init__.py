@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from .data.captioned import CaptionedImage
     from .data.readers import read_captions, read_class_folder, read_folder, read_shards
     from .evaluation.eval_set import EvalSet
-    from .evaluation.evaluate import EvalOptions, evaluate
+    from .evaluation.evaluate import evaluate
     from .evaluation.loading import load
+    from .evaluation.options import EvalOptions
     from .evaluation.zero_shot import classify
     from .model.msaclip import MSACLIP
     from .pair_scores.formula import ImageSide, TextSide, match_logits
@@ -36,7 +37,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "CaptionedImage": "data.captioned",
-    "EvalOptions": "evaluation.evaluate",
+    "EvalOptions": "evaluation.options",
     "EvalSet": "evaluation.eval_set",
     "ImageIndex": "search.index",
     "ImageSide": "pair_scores.formula",

@@ -20,9 +20,9 @@ from typing import Any
 from published_sets import SETS, DataError, differences, find
 from starts import STARTS, Start
 
-from msa_openclip.commands.steps import CLI, TRAIN, StepError, run, shard_pattern
 from msa_openclip.reports.run_plot import plot_run
 from msa_openclip.shards import manifest
+from msa_openclip.steps import CLI, TRAIN, StepError, run, shard_pattern
 
 AUGMENTATION = ("--aug-cfg", "dihedral=True", "scale=(1.0,1.0)")
 """Flips and quarter turns; whole images, so that nothing is cut off that the caption names."""

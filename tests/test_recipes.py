@@ -19,10 +19,10 @@ from helpers.shards_data import tar_members
 from open_clip_train.params import parse_args
 
 from msa_openclip.commands import main as cli
-from msa_openclip.commands.steps import CLI, StepError, run
 from msa_openclip.evaluation.run_parameters import read_parameters
 from msa_openclip.reports.run_plot import read_curves
 from msa_openclip.shards import manifest
+from msa_openclip.steps import CLI, StepError, run
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SETS = ("rsitmd", "rsicd", "ucm", "sydney", "nwpu")

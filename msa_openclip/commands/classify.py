@@ -3,50 +3,68 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from ..data.captioned import EvalDataError
-from ..data.readers import read_class_folder
-from ..evaluation.loading import load
-from ..evaluation.zero_shot import TEMPLATES, classify
-from ..reports.report import write_json
-from . import options as eval_options
+from ..shards.arguments import add_command
+from .options import add_data, add_models, add_running, templates
+
+if TYPE_CHECKING:
+    from ..shards.arguments import Commands
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def add(commands: Commands) -> None:
+    """Arguments and help."""
+    command = add_command(
+        commands,
+        "classify",
+        run,
+        help="zero-shot scene classification",
+        description="Zero-shot scene classification: class names in templates as texts, accuracy by each ranking.",
+        examples="  msa-openclip classify MSA-ViT-B=epoch_9.pt ViT-B-32=openai --folder UCMerced_LandUse/Images\n",
+    )
+    add_models(command)
+    add_data(command, folder="folder of class folders of images")
+    add_running(command)
+    command.add_argument(
+        "--templates",
+        type=templates,
+        default=templates(),
+        metavar="LIST",
+        help=f"captions with {{}} for the class, separated by '|' (default: {'|'.join(templates())})",
+    )
+    command.add_argument("--json", metavar="FILE", help="write accuracies by ranking and class as data")
+
+
+def run(parsed: argparse.Namespace) -> None:
     """Classify and report."""
-    parsed = _parser().parse_args(arguments)
-    if parsed.folder and (parsed.shards or parsed.captions):
-        raise EvalDataError("give either --folder or --shards or --captions.")
-    images = read_class_folder(parsed.folder) if parsed.folder else eval_options.read_images(parsed)[0]
-    options = eval_options.running(parsed)
-    templates = parsed.templates.split("|")
-    rows = {}
+    from ..data.readers import read_class_folder
+    from ..evaluation.zero_shot import classify
+    from ..reports.report import write_json
+    from . import inputs
+
+    images = read_class_folder(parsed.folder) if parsed.folder else inputs.read_images(parsed)[0]
+    results = {}
     for spec in parsed.models:
-        model = load(spec, parsed.device, parsed.precision)
-        rows[spec] = classify(model, images, templates, batch_size=options.batch_size, workers=options.workers)
-    classes = next(iter(rows.values())).classes
-    print(f"{len(images)} images, {len(classes)} classes, {len(templates)} templates\n")
-    width = max(map(len, rows))
-    for spec, found in rows.items():
-        for ranking in found.top1:
+        model = inputs.load_model(spec, parsed)
+        results[spec] = classify(
+            model,
+            images,
+            parsed.templates,
+            batch_size=parsed.batch_size,
+            workers=parsed.workers,
+            progress=parsed.progress,
+        )
+    classes = next(iter(results.values())).classes
+    print(f"{len(images)} images, {len(classes)} classes, {len(parsed.templates)} templates\n")
+    width = max(map(len, results))
+    for spec, result in results.items():
+        for ranking in result.top1:
             if "_scale" not in ranking:
-                top1, top5 = found.top1[ranking], found.top5[ranking]
+                top1, top5 = result.top1[ranking], result.top5[ranking]
                 print(f"{spec:{width}}  {ranking:6}  top-1 {top1:6.2f}  top-5 {top5:6.2f}")
     if parsed.json:
         content = {
-            spec: {"top1": found.top1, "top5": found.top5, "per_class": found.per_class} for spec, found in rows.items()
+            spec: {"top1": result.top1, "top5": result.top5, "per_class": result.per_class}
+            for spec, result in results.items()
         }
         write_json(parsed.json, content)
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="msa-openclip classify", description="Zero-shot scene classification.")
-    eval_options.add_models(parser)
-    parser.add_argument("--folder", help="folder of class folders of images")
-    eval_options.add_data(parser)
-    eval_options.add_running(parser)
-    parser.add_argument("--templates", default="|".join(TEMPLATES), help="separated by '|' (default: %(default)s)")
-    parser.add_argument("--json", help="write accuracies by ranking and class to this file")
-    return parser

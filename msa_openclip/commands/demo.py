@@ -3,35 +3,46 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..evaluation.loading import load
-from ..search.files import read_manifest
-from ..search.index import ImageIndex
-from ..search.nearest import nearest
-from ..search.searcher import Searcher
-from . import options as eval_options
-from .demo_page import page
+from ..shards.arguments import add_command, whole_number
+from .options import add_device, add_moved_model
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until interrupted."""
-    parsed = _parser().parse_args(arguments)
-    spec = parsed.model or read_manifest(Path(parsed.index)).model
-    index = ImageIndex(parsed.index, load(spec, parsed.device))
-    page(Searcher(index, nearest=nearest(index))).launch(server_name=parsed.host, server_port=parsed.port)
-    return 0
+if TYPE_CHECKING:
+    from ..shards.arguments import Commands
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="msa-openclip demo",
-        description="A web page over an index: type a sentence or drop a picture, click an answer to see why.",
+def add(commands: Commands) -> None:
+    """Arguments and help."""
+    command = add_command(
+        commands,
+        "demo",
+        run,
+        help="a web page over an index",
+        description="A web page over an index: type a sentence or drop an image, click an answer to see why.",
+        examples="  msa-openclip demo tiles.index\n",
     )
-    parser.add_argument("index", metavar="INDEX", help="folder of the index")
-    parser.add_argument("--model", help="NAME=CHECKPOINT, if the weights of the index have moved")
-    eval_options.add_device(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="whom to serve, 0.0.0.0: all (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=7860, help="default: %(default)s")
-    return parser
+    command.add_argument("index", metavar="INDEX", help="folder of the index")
+    add_moved_model(command)
+    add_device(command)
+    command.add_argument(
+        "--host", default="127.0.0.1", help="address to serve on, 0.0.0.0 for all networks (default: %(default)s)"
+    )
+    command.add_argument(
+        "--port", type=whole_number(0, 65535), default=7860, metavar="N", help="port to serve on (default: %(default)s)"
+    )
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Serve until interrupted."""
+    from ..search.files import read_manifest
+    from ..search.index import ImageIndex
+    from ..search.nearest import nearest
+    from ..search.searcher import Searcher
+    from .demo_page import page
+    from .inputs import load_model
+
+    spec = parsed.model or read_manifest(Path(parsed.index)).model
+    index = ImageIndex(parsed.index, load_model(spec, parsed))
+    page(Searcher(index, nearest=nearest(index))).launch(server_name=parsed.host, server_port=parsed.port)

@@ -3,54 +3,62 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-from ..data.captioned import CaptionedImage
-from ..data.pixels import load_image
-from ..evaluation.loading import load
-from ..explain.explanation import Explanation, explain
-from ..explain.figure import figure, view
-from ..reports.report import write_json
-from ..shards.records import Location
-from . import options as eval_options
+from ..shards.arguments import add_command
+from .options import MODEL, add_device
+
+if TYPE_CHECKING:
+    from ..explain.explanation import Explanation
+    from ..shards.arguments import Commands
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def add(commands: Commands) -> None:
+    """Arguments and help."""
+    command = add_command(
+        commands,
+        "explain",
+        run,
+        help="words and places behind the score of an image and a text",
+        description="Per scale: each word's exact share of the score, and where in the image the scale looked.",
+        examples="  msa-openclip explain MSA-ViT-B=epoch_9.pt tile.jpg 'planes beside a terminal' --figure why.png\n",
+    )
+    command.add_argument("model", metavar="MODEL", help=f"an MSA model: {MODEL}")
+    command.add_argument("image", metavar="IMAGE", help="image file")
+    command.add_argument("text", metavar="TEXT", help="what it is to be compared with")
+    command.add_argument("--figure", metavar="FILE", help="draw it (.png, .svg, .pdf; needs matplotlib)")
+    command.add_argument("--json", metavar="FILE", help="write it as data")
+    add_device(command)
+
+
+def run(parsed: argparse.Namespace) -> None:
     """Explain and print."""
-    parsed = _parser().parse_args(arguments)
-    picture = load_image(CaptionedImage(parsed.image, Location(parsed.image), ()))
-    model = load(parsed.model, parsed.device)
-    found = explain(model, picture, parsed.text)
-    print(_text(found))
+    from ..data.captioned import CaptionedImage
+    from ..data.pixels import load_image
+    from ..explain.explanation import explain
+    from ..explain.figure import figure, view
+    from ..reports.report import write_json
+    from ..shards.records import Location
+    from .inputs import load_model
+
+    image = load_image(CaptionedImage(parsed.image, Location(parsed.image), ()))
+    model = load_model(parsed.model, parsed)
+    explanation = explain(model, image, parsed.text)
+    print(_text(explanation))
     if parsed.figure:
-        figure(found, view(model, picture)).savefig(parsed.figure, dpi=120)
+        figure(explanation, view(model, image)).savefig(parsed.figure, dpi=120)
     if parsed.json:
-        content = asdict(found)
+        content = asdict(explanation)
         for scale in content["scales"]:
             scale["positions"] = scale["positions"].tolist()
         write_json(parsed.json, content)
-    return 0
 
 
-def _text(found: Explanation) -> str:
-    lines = [f"{found.text}: cosine {found.cosine:.4f}, fused {found.fused:.4f}"]
-    for scale in found.scales:
+def _text(explanation: Explanation) -> str:
+    lines = [f"{explanation.text}: cosine {explanation.cosine:.4f}, fused {explanation.fused:.4f}"]
+    for scale in explanation.scales:
         lines.append(f"stage {scale.scale.stage}, {scale.scale.pool}: logit {scale.logit:.4f}")
         lines += [f"  {word.contribution:+9.4f}  {100 * word.weight:5.1f} %  {word.text}" for word in scale.words]
         lines += [f"  {scale.sentence:+9.4f}           the sentence", f"  {scale.image:+9.4f}           the image"]
     return "\n".join(lines)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="msa-openclip explain",
-        description="Per scale: each word's exact share of the score, and where in the image the scale looked.",
-    )
-    parser.add_argument("model", metavar="MODEL", help="an MSA model, NAME=CHECKPOINT")
-    parser.add_argument("image", metavar="IMAGE", help="image file")
-    parser.add_argument("text", metavar="TEXT", help="what it is to be compared with")
-    parser.add_argument("--figure", metavar="FILE", help="draw it (.png, .svg, .pdf; needs matplotlib)")
-    parser.add_argument("--json", metavar="FILE", help="write it as data")
-    eval_options.add_device(parser)
-    return parser

@@ -5,25 +5,58 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from ..data.captioned import EvalDataError
-from ..data.readers import read_folder, read_shards
-from ..distributed import Peers
-from ..evaluation.loading import load
-from ..search.build import build_index
-from ..search.index import ImageIndex
-from ..search.nearest import KINDS, nearest
-from . import options as eval_options
+from ..search.options import SEGMENT_IMAGES
+from ..shards.arguments import add_command, add_progress, whole_number
+from .options import MODEL, add_batches, add_loading, add_nearest
+
+if TYPE_CHECKING:
+    from ..shards.arguments import Commands
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def add(commands: Commands) -> None:
+    """Arguments and help."""
+    command = add_command(
+        commands,
+        "index",
+        run,
+        help="images to an index on disk",
+        description="Index images for search; called again it adds what is new, or goes on where it was interrupted.",
+        examples="  msa-openclip index MSA-ViT-B=epoch_9.pt tiles.index --shards 'tiles/train-{000000..000063}.tar'\n"
+        "  torchrun --nproc-per-node 8 -m -- msa_openclip index MSA-ViT-B=epoch_9.pt tiles.index --folder tiles\n",
+        resumes=True,
+    )
+    command.add_argument("model", metavar="MODEL", help=MODEL)
+    command.add_argument("index", metavar="INDEX", help="folder of the index")
+    sources = command.add_mutually_exclusive_group(required=True)
+    sources.add_argument("--shards", metavar="PATTERN", help="WebDataset shards, e.g. 'data/train-{000..063}.tar'")
+    sources.add_argument("--folder", metavar="FOLDER", help="folder of images, also TIFF")
+    add_nearest(command)
+    group = command.add_argument_group("running")
+    add_loading(group)
+    add_batches(group)
+    group.add_argument(
+        "--segment-images",
+        type=whole_number(1),
+        default=SEGMENT_IMAGES,
+        metavar="N",
+        help="unit of resuming (default: %(default)s)",
+    )
+    add_progress(group)
+
+
+def run(parsed: argparse.Namespace) -> None:
     """Build or extend an index."""
-    parsed = _parser().parse_args(arguments)
-    if bool(parsed.shards) == bool(parsed.folder):
-        raise EvalDataError("give either --shards or --folder.")
+    from ..data.readers import read_folder, read_shards
+    from ..distributed import Peers
+    from ..search.build import build_index
+    from ..search.index import ImageIndex
+    from ..search.nearest import nearest
+    from .inputs import load_model
+
     images = read_shards(parsed.shards) if parsed.shards else read_folder(parsed.folder)
-    model = load(parsed.model, parsed.device, parsed.precision)
+    model = load_model(parsed.model, parsed)
     peers = Peers(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     start = time.perf_counter()
     new = build_index(
@@ -34,27 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workers=parsed.workers,
         segment_images=parsed.segment_images,
         peers=peers,
+        progress=parsed.progress,
     )
     seconds = time.perf_counter() - start
     if peers.rank == 0:
         index = ImageIndex(parsed.index, model)
         nearest(index, parsed.nearest)
         print(f"{parsed.index}: {len(index)} images, {new} of them new, {new / max(seconds, 1e-9):.1f} images/s")
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="msa-openclip index",
-        description="Index images for search; called again it adds what is new, or goes on where it was interrupted.",
-    )
-    parser.add_argument("model", metavar="MODEL", help="NAME=CHECKPOINT, hf-hub:ORG/REPO or local-dir:FOLDER")
-    parser.add_argument("index", metavar="INDEX", help="folder of the index")
-    parser.add_argument("--shards", help="WebDataset shards, e.g. 'data/train-{000..063}.tar'")
-    parser.add_argument("--folder", help="folder of images, also TIFF")
-    parser.add_argument("--nearest", choices=KINDS, default="auto", help="global search (default: %(default)s)")
-    eval_options.add_loading(parser)
-    parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=0, help="image decoders (default: %(default)s)")
-    parser.add_argument("--segment-images", type=int, default=4096, help="unit of resuming (default: %(default)s)")
-    return parser

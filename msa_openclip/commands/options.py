@@ -1,101 +1,162 @@
-"""Options that the evaluating subcommands share: which data, where and how to run."""
+"""Arguments that several subcommands share, and the types of arguments; imports nothing heavy."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import re
-from dataclasses import replace
 
-from ..data.captioned import CaptionedImage, EvalDataError
-from ..data.readers import read_captions, read_shards
-from ..evaluation.eval_set import EvalSet
-from ..evaluation.evaluate import EvalOptions
+from ..evaluation.options import PRECISIONS, TEMPLATES, EvalOptions
+from ..search.options import KINDS
+from ..shards.arguments import add_progress, whole_number
+from ..shards.options import KINDS as CAPTION_KINDS
+from ..shards.records import SPLITS
+
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+MODEL = "NAME=CHECKPOINT, NAME=TAG, hf-hub:ORG/REPO or local-dir:FOLDER"
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:
-    """The models, as `loading.load` takes them."""
-    forms = "NAME=CHECKPOINT, NAME=TAG, hf-hub:ORG/REPO or local-dir:FOLDER"
-    parser.add_argument("models", nargs="+", metavar="MODEL", help=forms)
+    """One model or more, as `loading.load` takes them."""
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL)
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
-    """--shards, or --captions with --images; and the classes."""
-    group = parser.add_argument_group("data, shards or a caption file")
-    group.add_argument("--shards", help="WebDataset shards of either layout, e.g. 'data/test-{000..003}.tar'")
-    group.add_argument("--captions", help="caption file or folder as `msa-openclip shards build` reads it")
-    group.add_argument("--images", help="folder of the images of --captions (default: the folder of the captions)")
-    group.add_argument("--split", default="test", help="split of --captions, or 'all' (default: %(default)s)")
-    group.add_argument("--kind", default="auto", help="format of --captions (default: %(default)s)")
+def add_data(parser: argparse.ArgumentParser, *, folder: str | None = None) -> None:
+    """--shards, or --captions with --images; and the classes.
+
+    Args:
+        parser: of the subcommand.
+        folder: help of a third source, --folder, where the subcommand has it.
+    """
+    group = parser.add_argument_group("data, from one source")
+    sources = group.add_mutually_exclusive_group(required=True)
+    if folder:
+        sources.add_argument("--folder", metavar="FOLDER", help=folder)
+    sources.add_argument(
+        "--shards", metavar="PATTERN", help="WebDataset shards of either layout, e.g. 'data/test-{000..003}.tar'"
+    )
+    sources.add_argument(
+        "--captions", metavar="FILE", help="caption file or folder as `msa-openclip shards build` reads it"
+    )
     group.add_argument(
-        "--class-regex", help="the class is the first group of this pattern in the image id, e.g. '^([a-z]+)_'"
+        "--images", metavar="FOLDER", help="of the images of --captions (default: the folder of the captions)"
+    )
+    group.add_argument(
+        "--split", choices=(*SPLITS, "all"), default="test", help="split of --captions (default: %(default)s)"
+    )
+    group.add_argument(
+        "--kind", choices=CAPTION_KINDS, default="auto", help="format of --captions (default: %(default)s)"
+    )
+    group.add_argument(
+        "--class-regex",
+        type=class_pattern,
+        metavar="PATTERN",
+        help="the class is the first group of this pattern in the image id, e.g. '^([a-z]+)_'",
     )
 
 
 def add_running(parser: argparse.ArgumentParser) -> None:
-    """--device, --precision and what bounds time and memory."""
+    """--device, --precision, what bounds time and memory, and progress bars."""
     defaults = EvalOptions()
     group = parser.add_argument_group("running")
     add_loading(group)
-    group.add_argument("--batch-size", type=int, default=defaults.batch_size, help="default: %(default)s")
-    group.add_argument("--workers", type=int, default=defaults.workers, help="image decoders (default: %(default)s)")
+    add_batches(group)
     group.add_argument(
-        "--memory-mb", type=int, default=defaults.memory_mb, help="bound on sides and scores (%(default)s)"
+        "--memory-mb",
+        type=whole_number(1),
+        default=defaults.memory_mb,
+        metavar="N",
+        help="bound on image sides and scores (default: %(default)s)",
     )
+    add_progress(group)
 
 
 def add_loading(group: argparse._ActionsContainer) -> None:
     """--device and --precision, as `loading.load` takes them."""
     add_device(group)
-    group.add_argument("--precision", default="fp32", help="of the towers, as for open_clip_train (%(default)s)")
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="of the towers, as for open_clip_train.main (default: %(default)s)",
+    )
 
 
 def add_device(group: argparse._ActionsContainer) -> None:
     """--device alone."""
-    group.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+    group.add_argument(
+        "--device", type=device, default="cpu", help=f"{', '.join(DEVICES)}, cuda:1, ... (default: %(default)s)"
+    )
 
 
-def read_images(parsed: argparse.Namespace) -> tuple[list[CaptionedImage], str]:
-    """The images of --shards or --captions, and what to call them.
+def add_batches(group: argparse._ActionsContainer) -> None:
+    """--batch-size and --workers."""
+    defaults = EvalOptions()
+    group.add_argument(
+        "--batch-size",
+        type=whole_number(1),
+        default=defaults.batch_size,
+        metavar="N",
+        help="images or captions encoded at once (default: %(default)s)",
+    )
+    group.add_argument(
+        "--workers",
+        type=whole_number(0),
+        default=defaults.workers,
+        metavar="N",
+        help="processes that decode images, 0 for none beside this one (default: %(default)s)",
+    )
 
-    Raises:
-        EvalDataError: neither or both are given, the data cannot be read, or the pattern of the classes fits nothing.
-    """
-    if bool(parsed.shards) == bool(parsed.captions):
-        raise EvalDataError("give either --shards or --captions.")
-    if parsed.shards:
-        images, source = read_shards(parsed.shards), str(parsed.shards)
-    else:
-        split = None if parsed.split == "all" else parsed.split
-        folder = parsed.images or os.path.dirname(parsed.captions)
-        images = read_captions(parsed.captions, folder, split=split, kind=parsed.kind)
-        source = f"{parsed.captions}, split {parsed.split}"
-    return label(images, parsed.class_regex), source
+
+def add_nearest(parser: argparse.ArgumentParser) -> None:
+    """--nearest, as `search.nearest` takes it."""
+    parser.add_argument(
+        "--nearest", choices=KINDS, default="auto", help="search by global features (default: %(default)s)"
+    )
 
 
-def label(images: list[CaptionedImage], pattern: str | None) -> list[CaptionedImage]:
-    """Take the class of each image from its id.
+def add_moved_model(parser: argparse.ArgumentParser) -> None:
+    """--model, for an index whose weights are no longer where they were."""
+    parser.add_argument("--model", metavar="MODEL", help="NAME=CHECKPOINT, if the weights of the index have moved")
 
-    Raises:
-        EvalDataError: the pattern is no regular expression with a group, or fits no image.
-    """
-    if pattern is None:
-        return images
+
+def add_reports(parser: argparse.ArgumentParser, *, bootstrap: int) -> argparse._ArgumentGroup:
+    """--bootstrap with its default, --json and --html; returns their group, for what a command adds."""
+    group = parser.add_argument_group("report")
+    group.add_argument(
+        "--bootstrap",
+        type=whole_number(0),
+        default=bootstrap,
+        metavar="N",
+        help="samples for 95 %% intervals over images, 0 for none (default: %(default)s)",
+    )
+    group.add_argument("--json", metavar="FILE", help="write everything as data")
+    group.add_argument("--html", metavar="FILE", help="write a page with plots and images (needs matplotlib)")
+    return group
+
+
+def device(text: str) -> str:
+    """Type of --device: a kind of device, with a number if need be."""
+    kind, separator, number = text.partition(":")
+    if kind not in DEVICES or bool(separator) != number.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; write one of {', '.join(DEVICES)}, or cuda:N")
+    return text
+
+
+def class_pattern(text: str) -> re.Pattern[str]:
+    """Type of --class-regex: a regular expression with a group."""
     try:
-        found = [re.search(pattern, image.image_id) for image in images]
-        labels = [match.group(1) if match else None for match in found]
-    except (re.error, IndexError) as error:
-        raise EvalDataError(f"--class-regex {pattern!r}: {error}; expected e.g. '^([a-z]+)_'.") from error
-    if not any(labels):
-        raise EvalDataError(f"--class-regex {pattern!r} fits no image id; the first is {images[0].image_id!r}.")
-    return [replace(image, label=name) for image, name in zip(images, labels, strict=True)]
+        pattern = re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+    if not pattern.groups:
+        raise argparse.ArgumentTypeError(f"{text!r} has no group for the class; write e.g. '^([a-z]+)_'")
+    return pattern
 
 
-def read_set(parsed: argparse.Namespace) -> EvalSet:
-    """`read_images`, ready to evaluate."""
-    return EvalSet(*read_images(parsed))
-
-
-def running(parsed: argparse.Namespace) -> EvalOptions:
-    """The options of `add_running`."""
-    return EvalOptions(batch_size=parsed.batch_size, workers=parsed.workers, memory_mb=parsed.memory_mb)
+def templates(text: str = "|".join(TEMPLATES)) -> tuple[str, ...]:
+    """Type of --templates: separated by '|', each with {} in the place of the class."""
+    parts = tuple(text.split("|"))
+    for part in parts:
+        if "{}" not in part:
+            raise argparse.ArgumentTypeError(f"template {part!r} has no {{}} to put the class name in")
+    return parts

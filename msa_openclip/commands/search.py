@@ -1,4 +1,4 @@
-"""`msa-openclip search`: texts or pictures against an index."""
+"""`msa-openclip search`: texts or images against an index."""
 
 from __future__ import annotations
 
@@ -7,52 +7,112 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+from ..search.options import CANDIDATES
+from ..shards.arguments import add_command, whole_number
+from ..shards.exit_codes import UsageError
+from .options import add_loading, add_moved_model, add_nearest
 
-from ..data.captioned import CaptionedImage
-from ..data.pixels import load_image
-from ..evaluation.loading import load
-from ..search.files import read_manifest
-from ..search.filters import SearchError, SearchFilter
-from ..search.index import ImageIndex
-from ..search.nearest import KINDS, nearest
-from ..search.searcher import CANDIDATES, Hit, Searcher
-from ..shards.records import Location
-from . import options as eval_options
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..search.filters import SearchFilter
+    from ..search.searcher import Hit
+    from ..shards.arguments import Commands
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def add(commands: Commands) -> None:
+    """Arguments and help."""
+    command = add_command(
+        commands,
+        "search",
+        run,
+        help="texts or images against an index",
+        description="Search an index by texts ('-' reads them from standard input, one a line) or images.",
+        examples="  msa-openclip search tiles.index 'many planes beside a terminal' --classes airport --since 2020\n"
+        "  msa-openclip search tiles.index --like tile.jpg -k 20 --json\n",
+    )
+    command.add_argument("index", metavar="INDEX", help="folder of the index")
+    command.add_argument("queries", nargs="*", metavar="TEXT", help="what to look for")
+    command.add_argument("--like", nargs="+", default=[], metavar="FILE", help="find images like these")
+    command.add_argument("--describe", nargs="+", default=[], metavar="FILE", help="find captions for these images")
+    command.add_argument(
+        "-k", type=whole_number(1), default=10, metavar="N", help="answers a query (default: %(default)s)"
+    )
+    command.add_argument(
+        "--candidates",
+        type=whole_number(1),
+        default=CANDIDATES,
+        metavar="N",
+        help="the nearest by global features that MSCMAT scores (default: %(default)s)",
+    )
+    command.add_argument("--json", action="store_true", help="print a JSON object for each query")
+    add_nearest(command)
+    add_moved_model(command)
+    add_loading(command)
+    group = command.add_argument_group("filters")
+    group.add_argument("--classes", nargs="+", default=[], metavar="CLASS", help="only images of these classes")
+    group.add_argument(
+        "--box",
+        type=_box,
+        metavar="WEST,SOUTH,EAST,NORTH",
+        help="only images that overlap it; write --box=-10,... where it starts with a minus",
+    )
+    group.add_argument("--since", metavar="DATE", help="only images of this ISO date or later (meta.date)")
+    group.add_argument(
+        "--until", metavar="DATE", help="only images of this ISO date or earlier; 2020 includes that year"
+    )
+
+
+def _box(text: str) -> tuple[float, ...]:
+    try:
+        west, south, east, north = box = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected WEST,SOUTH,EAST,NORTH") from error
+    if not (west <= east and south <= north):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected west <= east and south <= north")
+    return box
+
+
+def run(parsed: argparse.Namespace) -> None:
     """Search and print."""
-    parsed = _parser().parse_args(arguments)
     if bool(parsed.queries) == bool(parsed.like or parsed.describe):
-        raise SearchError("give either texts, or pictures with --like or --describe.")
-    where = _where(parsed)
+        raise UsageError("give either texts, or images with --like or --describe")
+
+    from ..search.files import read_manifest
+    from ..search.index import ImageIndex
+    from ..search.nearest import nearest
+    from ..search.searcher import Searcher
+    from .inputs import load_model
+
     spec = parsed.model or read_manifest(Path(parsed.index)).model
-    index = ImageIndex(parsed.index, load(spec, parsed.device, parsed.precision))
+    index = ImageIndex(parsed.index, load_model(spec, parsed))
     searcher = Searcher(index, candidates=parsed.candidates, nearest=nearest(index, parsed.nearest))
+    where = _filter(parsed)
     names = parsed.queries or [*parsed.like, *parsed.describe]
-    texts = [line.rstrip("\n") for line in sys.stdin] if names == ["-"] else names
     if parsed.queries:
-        found, names = searcher.by_text(texts, parsed.k, where), texts
+        names = [line.rstrip("\n") for line in sys.stdin] if names == ["-"] else names
+        answers = searcher.by_text(names, parsed.k, where)
     else:
-        found = searcher.by_image(_pictures(parsed.like), parsed.k, where)
-        found += searcher.texts_of(_pictures(parsed.describe), parsed.k)
-    for name, hits in zip(names, found, strict=True):
+        answers = searcher.by_image(_images(parsed.like), parsed.k, where)
+        answers += searcher.texts_of(_images(parsed.describe), parsed.k)
+    for name, hits in zip(names, answers, strict=True):
         print(json.dumps({"query": name, "hits": [_row(hit) for hit in hits]}) if parsed.json else _text(name, hits))
-    return 0
 
 
-def _pictures(paths: Sequence[str]) -> list[Image.Image]:
+def _images(paths: Sequence[str]) -> list[Image.Image]:
+    from ..data.captioned import CaptionedImage
+    from ..data.pixels import load_image
+    from ..shards.records import Location
+
     return [load_image(CaptionedImage(path, Location(path), ())) for path in paths]
 
 
-def _where(parsed: argparse.Namespace) -> SearchFilter | None:
-    box = tuple(float(part) for part in parsed.box.split(",")) if parsed.box else None
-    if box is not None and len(box) != 4:
-        raise SearchError(f"--box {parsed.box}: expected WEST,SOUTH,EAST,NORTH.")
-    where = SearchFilter(classes=frozenset(parsed.classes), box=box, since=parsed.since, until=parsed.until)
+def _filter(parsed: argparse.Namespace) -> SearchFilter | None:
+    from ..search.filters import SearchFilter
+
+    where = SearchFilter(classes=frozenset(parsed.classes), box=parsed.box, since=parsed.since, until=parsed.until)
     return None if where == SearchFilter() else where
 
 
@@ -71,31 +131,8 @@ def _row(hit: Hit) -> dict[str, Any]:
 
 def _text(name: str, hits: Sequence[Hit]) -> str:
     lines = [name]
-    for place, hit in enumerate(hits, start=1):
+    for rank, hit in enumerate(hits, start=1):
         scales = " ".join(f"{value:7.3f}" for value in hit.match)
         answer = hit.text if hit.image is None else ": ".join((hit.image.image_id, *hit.image.captions[:1]))
-        lines.append(f"  {place:3}  {hit.score:8.3f}  cos {hit.cosine:6.3f}  {scales}  {answer}")
+        lines.append(f"  {rank:3}  {hit.score:8.3f}  cos {hit.cosine:6.3f}  {scales}  {answer}")
     return "\n".join(lines if hits else [*lines, "  nothing found"])
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="msa-openclip search",
-        description="Search an index by texts ('-' reads them from standard input, one a line) or pictures.",
-    )
-    parser.add_argument("index", metavar="INDEX", help="folder of the index")
-    parser.add_argument("queries", nargs="*", metavar="TEXT", help="what to look for")
-    parser.add_argument("--like", nargs="+", default=[], metavar="FILE", help="find images like these pictures")
-    parser.add_argument("--describe", nargs="+", default=[], metavar="FILE", help="find captions for these pictures")
-    parser.add_argument("-k", type=int, default=10, help="answers a query (default: %(default)s)")
-    parser.add_argument("--candidates", type=int, default=CANDIDATES, help="scored by MSCMAT (default: %(default)s)")
-    parser.add_argument("--nearest", choices=KINDS, default="auto", help="global search (default: %(default)s)")
-    parser.add_argument("--model", help="NAME=CHECKPOINT, if the weights of the index have moved")
-    eval_options.add_loading(parser)
-    group = parser.add_argument_group("filters")
-    group.add_argument("--classes", nargs="+", default=[], help="only images of these classes")
-    group.add_argument("--box", help="only images that overlap WEST,SOUTH,EAST,NORTH (write --box=-10,...)")
-    group.add_argument("--since", help="only images of this ISO date or later (meta.date)")
-    group.add_argument("--until", help="only images of this ISO date or earlier; 2020 includes that year")
-    parser.add_argument("--json", action="store_true", help="print a JSON object a query")
-    return parser

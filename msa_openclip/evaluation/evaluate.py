@@ -19,40 +19,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from ..data.pixels import Preprocess, batch_spans, batches
 from ..distributed import Peers
 from .eval_set import EvalSet
 from .metrics import Retrieval, Ties
+from .options import EvalOptions
 from .rank_counter import RankCounter
 from .scorer import EncodedImages, EncodedTexts, Scorer, Tokenizer
 
 TIE = 2e-6
 """Scores that differ by less than this share of the largest right one are ordered by rounding alone: ties."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalOptions:
-    """How an evaluation runs; nothing here changes its result beyond rounding."""
-
-    batch_size: int = 64
-    workers: int = 0
-    """Processes that decode images."""
-    memory_mb: int = 1024
-    """Bound on what grows with the data: image sides (on disk beyond it), score tiles and their working memory.
-    On top come the model, the encoding of one batch, and the global features."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.workers < 0 or self.memory_mb < 1:
-            raise ValueError(
-                f"batch_size {self.batch_size}, workers {self.workers}, memory_mb {self.memory_mb}: "
-                "expected at least 1, 0 and 1."
-            )
-
-    @property
-    def memory_bytes(self) -> int:
-        """`memory_mb` in bytes."""
-        return self.memory_mb << 20
 
 
 @dataclass(frozen=True)
@@ -109,11 +87,14 @@ def encode_images(
     spans = batch_spans(total, options.batch_size)
     mine = spans[peers.rank :: peers.world_size] or spans[:1]  # one at least, to learn the shapes from
     bank: tuple[Tensor, ...] = ()
-    for span, pixels in zip(mine, batches(data.images, preprocess, mine, options.workers), strict=True):
-        fields = scorer.images(pixels).fields()
-        bank = bank or _allocate(fields, total, options.memory_bytes // 2)
-        for whole, part in zip(bank, fields, strict=True):
-            whole[span.start : span.stop] = part.to(whole.device)
+    shown = options.progress and peers.rank == 0
+    with tqdm(total=sum(map(len, mine)), desc="encoding images", unit=" images", leave=False, disable=not shown) as bar:
+        for span, pixels in zip(mine, batches(data.images, preprocess, mine, options.workers), strict=True):
+            fields = scorer.images(pixels).fields()
+            bank = bank or _allocate(fields, total, options.memory_bytes // 2)
+            for whole, part in zip(bank, fields, strict=True):
+                whole[span.start : span.stop] = part.to(whole.device)
+            bar.update(len(span))
     if peers.world_size > 1:
         for number, span in enumerate(spans):
             for whole in bank:
@@ -160,6 +141,7 @@ class _CaptionBlocks:
         self.size = options.batch_size
         self.tile_bytes = self.spare_bytes = options.memory_bytes // 4
         self.starts = range(0, len(data.texts), self.size)[peers.rank :: peers.world_size]
+        self.progress = options.progress and peers.rank == 0
         self.kept: dict[int, list[_Tile]] = {}
         # Pairs of `merged` are the distinct ones, ordered by column, then image.
         self.pair_image, self.pair_column = data.merged.pair_image, data.merged.pair_column
@@ -168,7 +150,7 @@ class _CaptionBlocks:
         """First pass: (R, P) scores of the distinct right pairs."""
         right = torch.zeros(len(self.scorer.rankings), len(self.pair_image), device=self.scorer.device)
         everyone = torch.arange(len(self.data.images))
-        for start in self.starts:
+        for start in self._strips("scoring captions"):
             texts = self._encode(start)
             owners = self.pair_image[self._pairs(start)].unique()  # type: ignore[no-untyped-call]
             strip_bytes = 4 * len(self.scorer.rankings) * len(everyone) * len(texts.feature)
@@ -198,7 +180,7 @@ class _CaptionBlocks:
                 )
             )
         everyone = torch.arange(images)
-        for start in self.starts:
+        for start in self._strips("counting ranks"):
             for tile in self.kept.pop(start, None) or self._tiles(self._encode(start), everyone, start):
                 for pair_of_counters, scores in zip(counters, tile.scores, strict=True):
                     for counter in pair_of_counters:
@@ -209,6 +191,10 @@ class _CaptionBlocks:
         names = self.scorer.rankings
         first, second = zip(*((a.result(), b.result()) for a, b in counters), strict=True)
         return dict(zip(names, first, strict=True)), dict(zip(names, second, strict=True))
+
+    def _strips(self, doing: str) -> Iterator[int]:
+        """The first captions of this rank's strips, with a progress bar."""
+        return iter(tqdm(self.starts, desc=doing, unit=" batches", leave=False, disable=not self.progress))
 
     def _encode(self, start: int) -> EncodedTexts:
         return self.scorer.texts(self.tokenizer(list(self.data.texts[start : start + self.size])))

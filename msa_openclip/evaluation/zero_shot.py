@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from ..data.captioned import CaptionedImage, EvalDataError
 from ..data.pixels import batch_spans, batches
 from ..shards.records import class_words
 from .evaluate import TIE
 from .loading import LoadedModel
+from .options import TEMPLATES
 from .scorer import EncodedTexts
-
-TEMPLATES = ("a satellite photo of {}.", "an aerial image of {}.", "an overhead view of {}.")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ def classify(
     *,
     batch_size: int = 64,
     workers: int = 0,
+    progress: bool = False,
 ) -> ZeroShot:
     """Classify labelled images by the names of their classes.
 
@@ -49,6 +50,7 @@ def classify(
         model: any model.
         images: images with labels; captions are not looked at.
         templates: captions with {} in the place of the class.
+        progress: a bar on stderr.
     Raises:
         EvalDataError: an image has no label, there is only one class, or a template has no {}.
     """
@@ -58,10 +60,11 @@ def classify(
     texts = [template.format(class_words(name)) for name in classes for template in templates]
     encoded = model.scorer.texts(model.tokenizer(texts))
     spans = batch_spans(len(images), batch_size)
-    scores = [
-        _class_scores(model, pixels, encoded, len(templates))
-        for pixels in batches(images, model.preprocess, spans, workers)
-    ]
+    scores = []
+    with tqdm(total=len(images), desc="classifying", unit=" images", leave=False, disable=not progress) as bar:
+        for pixels in batches(images, model.preprocess, spans, workers):
+            scores.append(_class_scores(model, pixels, encoded, len(templates)))
+            bar.update(len(pixels))
     names = model.scorer.rankings
     return _accuracies(names, torch.cat(scores, dim=1), target, classes)
 

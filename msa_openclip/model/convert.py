@@ -6,7 +6,6 @@ The released modules name their parameters inside each part as below; what stand
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -103,24 +102,20 @@ def _refuse(complaint: str, keys: Iterable[str]) -> None:
         raise ConversionError(f"{named[0]} {complaint}{more}.")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`msa-openclip convert SRC DST`."""
-    parser = argparse.ArgumentParser(
-        prog="msa-openclip convert",
-        description="A checkpoint of the paper authors' released code to one of MSA-ResNet50-BERT.",
-    )
-    parser.add_argument("source", type=Path, help="checkpoint of the released code, as torch.save wrote it")
-    parser.add_argument("target", type=Path, help="file to write: .pt, or .safetensors")
-    parsed = parser.parse_args(arguments)
-    converted = convert_released_state_dict(_read(parsed.source))
-    if parsed.target.suffix == ".safetensors":
+def convert_checkpoint(source: Path, target: Path) -> int:
+    """`convert_released_state_dict` from file to file, .pt or .safetensors; returns the number of tensors written.
+
+    Raises:
+        ConversionError: the source is no checkpoint of the released code.
+    """
+    converted = convert_released_state_dict(_read(source))
+    if target.suffix == ".safetensors":
         from safetensors.torch import save_file
 
-        save_file({key: value.contiguous() for key, value in converted.items()}, parsed.target)
+        save_file({key: value.contiguous() for key, value in converted.items()}, target)
     else:
-        torch.save(converted, parsed.target)
-    print(f"{len(converted)} tensors written to {parsed.target}; use them with --model MSA-ResNet50-BERT --pretrained.")
-    return 0
+        torch.save(converted, target)
+    return len(converted)
 
 
 def _read(source: Path) -> dict[str, Tensor]:

@@ -13,11 +13,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from ..data.captioned import CaptionedImage
 from ..data.pixels import batch_spans, batches
@@ -35,6 +37,7 @@ from .files import (
     write_segment,
 )
 from .fingerprint import check_model, fingerprint
+from .options import SEGMENT_IMAGES
 
 
 def build_index(
@@ -44,9 +47,10 @@ def build_index(
     *,
     batch_size: int = 64,
     workers: int = 0,
-    segment_images: int = 4096,
+    segment_images: int = SEGMENT_IMAGES,
     peers: Peers | None = None,
     patience_s: float = 3600.0,
+    progress: bool = False,
 ) -> int:
     """Add images to an index, making it if there is none; returns how many were new to it.
 
@@ -59,6 +63,7 @@ def build_index(
         folder: the index.
         segment_images: images a segment, the unit of resuming.
         patience_s: how long rank 0 waits for other ranks without a new segment.
+        progress: a bar on stderr, of rank 0.
     Raises:
         ImageIndexError: the index was built with another model, an image_id occurs twice, or another rank is gone.
     """
@@ -73,9 +78,14 @@ def build_index(
     parts = [new[start : start + segment_images] for start in range(0, len(new), segment_images)]
     names = [_segment_name(part) for part in parts]
     root.mkdir(parents=True, exist_ok=True)
-    for part, name in list(zip(parts, names, strict=True))[peers.rank :: peers.world_size]:
-        if not (root / name).exists():
-            _encode_segment(model, part, root, name, batch_size, workers)
+    mine = list(zip(parts, names, strict=True))[peers.rank :: peers.world_size]
+    total, shown = sum(len(part) for part, _ in mine), progress and peers.rank == 0
+    with tqdm(total=total, desc="indexing", unit=" images", leave=False, disable=not shown) as bar:
+        for part, name in mine:
+            if (root / name).exists():
+                bar.update(len(part))
+            else:
+                _encode_segment(model, part, root, name, batch_size, workers, bar)
     if peers.rank == 0:
         _wait_for(root, names, patience_s)
         for left in root.glob(".*.tmp"):  # of builds that were killed
@@ -93,7 +103,13 @@ def _segment_name(images: Sequence[CaptionedImage]) -> str:
 
 
 def _encode_segment(
-    model: LoadedModel, images: Sequence[CaptionedImage], root: Path, name: str, batch_size: int, workers: int
+    model: LoadedModel,
+    images: Sequence[CaptionedImage],
+    root: Path,
+    name: str,
+    batch_size: int,
+    workers: int,
+    bar: tqdm[Any],
 ) -> None:
     spans = batch_spans(len(images), batch_size)
     features: list[NDArray[np.float16]] = []
@@ -103,6 +119,7 @@ def _encode_segment(
         features.append(_half(feature, images[span.start]))
         if vectors is not None:
             projected.append(_half(vectors, images[span.start]))
+        bar.update(len(span))
     vectors_or_none = np.concatenate(projected) if projected else None
     write_segment(root, name, map(to_record, images), np.concatenate(features), vectors_or_none)
 

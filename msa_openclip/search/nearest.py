@@ -14,12 +14,12 @@ from torch import Tensor
 
 from .files import ImageIndexError
 from .index import ImageIndex
+from .options import KINDS
 
 Nearest = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """Normalised queries (Q, E) and K -> cosines (Q, K) and rows (Q, K), best first; row -1 is none."""
 LARGE = 100_000
 """From this many images on, `auto` takes IVF-PQ instead of scanning."""
-KINDS = ("auto", "flat", "ivfpq", "hnsw")
 _TRAINING_PER_LIST = 40
 _TRAINING_ROUNDS = 10  # of k-means
 _MORE = 4  # candidates that FAISS gives for each that is wanted; exact cosines choose among them

@@ -23,9 +23,8 @@ from ..evaluation.scorer import EncodedImages, EncodedTexts
 from .filters import SearchError, SearchFilter
 from .index import ImageIndex
 from .nearest import Nearest, scan
+from .options import CANDIDATES
 
-CANDIDATES = 256
-"""K: how many of the nearest by global features are scored by MSCMAT."""
 _BLOCK = 2048
 
 

@@ -22,7 +22,8 @@ from ..data.pixels import load_image
 from ..data.readers import read_csv, read_shards
 from ..distributed import Peers
 from ..evaluation.eval_set import EvalSet
-from ..evaluation.evaluate import EvalOptions, Evaluation, evaluate
+from ..evaluation.evaluate import Evaluation, evaluate
+from ..evaluation.options import EvalOptions
 from ..evaluation.scorer import Scorer
 from ..model.msaclip import MSACLIP
 

@@ -18,7 +18,8 @@ from msa_openclip.data.readers import read_captions, read_shards
 from msa_openclip.distributed import Peers
 from msa_openclip.evaluation import evaluate as evaluation
 from msa_openclip.evaluation.eval_set import EvalSet
-from msa_openclip.evaluation.evaluate import EvalOptions, evaluate
+from msa_openclip.evaluation.evaluate import evaluate
+from msa_openclip.evaluation.options import EvalOptions
 from msa_openclip.evaluation.rank_counter import retrieval
 from msa_openclip.evaluation.scorer import Scorer
 from msa_openclip.model.msaclip import MSACLIP

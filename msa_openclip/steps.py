@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..shards import manifest
+from .shards import manifest
 
 CLI = "msa_openclip"
 TRAIN = "open_clip_train.main"

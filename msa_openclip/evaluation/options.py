@@ -1,0 +1,36 @@
+"""What can be asked of an evaluation; imports nothing heavy, for the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PRECISIONS = ("fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16")
+"""Of the towers, as open_clip_train.main has them; open_clip itself takes any other word for fp32."""
+TEMPLATES = ("a satellite photo of {}.", "an aerial image of {}.", "an overhead view of {}.")
+"""Captions of a scene class in zero-shot classification; {} is its name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """How an evaluation runs; nothing here changes its result beyond rounding."""
+
+    batch_size: int = 64
+    workers: int = 0
+    """Processes that decode images."""
+    memory_mb: int = 1024
+    """Bound on what grows with the data: image sides (on disk beyond it), score tiles and their working memory.
+    On top come the model, the encoding of one batch, and the global features."""
+    progress: bool = False
+    """Progress bars on stderr, of rank 0 in a distributed run."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.workers < 0 or self.memory_mb < 1:
+            raise ValueError(
+                f"batch_size {self.batch_size}, workers {self.workers}, memory_mb {self.memory_mb}: "
+                "expected at least 1, 0 and 1."
+            )
+
+    @property
+    def memory_bytes(self) -> int:
+        """`memory_mb` in bytes."""
+        return self.memory_mb << 20

@@ -1,0 +1,126 @@
+"""Arguments of commands: one form for every subcommand, numbers with bounds, flags from option dataclasses."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+
+from .exit_codes import UsageError
+from .records import ShardError
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    """Where subcommands are added, as `add_subparsers` returns it."""
+
+
+def add_command(
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], int | None],
+    *,
+    help: str,
+    description: str,
+    examples: str = "",
+    resumes: bool = False,
+) -> argparse.ArgumentParser:
+    """A subcommand for `exit_codes.run_command`.
+
+    Args:
+        commands: what it is added to.
+        run: does the work; imports what is heavy itself, so that help and refusals come at once.
+        help: one line for the list of commands.
+        description: what its own help says, already in lines.
+        examples: command lines, indented by two, for the end of its help.
+        resumes: after an interruption the same command goes on where it stopped.
+    """
+    command = commands.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog=f"examples:\n{examples}" if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    interrupted = "interrupted; the same command goes on from here" if resumes else "interrupted"
+    command.set_defaults(run=run, command=command, interrupted=interrupted)
+    return command
+
+
+def add_progress(group: argparse._ActionsContainer) -> None:
+    """--progress and --quiet; bars go to stderr, by default where that is a terminal."""
+    group.add_argument(
+        "--progress",
+        action="store_true",
+        default=sys.stderr.isatty(),
+        help="progress bars on stderr (default: if it is a terminal)",
+    )
+    group.add_argument("--quiet", action="store_false", dest="progress", help="no progress bars")
+
+
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A type of argument: whole numbers within bounds."""
+    allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {allowed}")
+        return value
+
+    return number
+
+
+def add_options(command: argparse.ArgumentParser, options: type, title: str) -> None:
+    """A flag for each field of an option dataclass that has a help text."""
+    group = command.add_argument_group(title)
+    hints = get_type_hints(options)
+    for field in dataclasses.fields(options):
+        if "help" not in field.metadata:
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        kind, default = hints[field.name], field.default
+        help_text = field.metadata["help"].replace("%", "%%")
+        if kind is bool:
+            group.add_argument(flag, action="store_true", help=help_text)
+            continue
+        if get_origin(kind) is tuple:
+            separator = field.metadata.get("separator", ",")
+            group.add_argument(flag, type=_splitter(separator), default=default, metavar="LIST", help=help_text)
+            continue
+        if default not in (None, ""):
+            help_text += " (default: %(default)s)"
+        extra = {"choices": field.metadata["choices"]} if "choices" in field.metadata else {"metavar": _metavar(kind)}
+        group.add_argument(flag, type=_scalar(kind), default=default, help=help_text, **extra)
+
+
+def option_values(parsed: argparse.Namespace, options: type, **more: Any) -> Any:
+    """The option dataclass that the flags of `add_options` describe; `more` are its other fields.
+
+    Raises:
+        UsageError: a value is out of bounds, or values do not go together.
+    """
+    names = [field.name for field in dataclasses.fields(options) if "help" in field.metadata]
+    try:
+        return options(**{name: getattr(parsed, name) for name in names}, **more)
+    except ShardError as error:
+        raise UsageError(str(error)) from error
+
+
+def _scalar(kind: Any) -> Any:
+    if get_origin(kind) is types.UnionType:
+        kind = next(part for part in get_args(kind) if part is not type(None))
+    return kind
+
+
+def _metavar(kind: Any) -> str:
+    return {int: "N", float: "X", str: "TEXT"}[_scalar(kind)]
+
+
+def _splitter(separator: str) -> Callable[[str], tuple[str, ...]]:
+    return lambda text: tuple(part.strip() for part in text.split(separator) if part.strip())
