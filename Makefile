@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 
 .PHONY: demo test lint install clean
 
-demo: install  ## Build shards, train MSA-ViT-Ti on them, report recalls: make demo [UCM=folder with dataset_ucm.json and images/]
+demo: $(BIN)/.demo  ## Build shards, train MSA-ViT-Ti on them, report recalls: make demo [UCM=folder with dataset_ucm.json and images/]
 	$(BIN)/python examples/quickstart.py --out $(OUT) $(if $(UCM),--captions $(UCM)/dataset_ucm.json --images $(UCM)/images) $(ARGS)
 
 test: install  ## Run the whole test suite: make test [ARGS="-k loss"]
@@ -18,11 +18,15 @@ lint: install  ## Lint and type checks
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target out/types .
 	cd out/types && MYPYPATH=. $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p msa_openclip  # as installed: one package
 
-install: $(BIN)/.installed
+install: $(BIN)/.installed  ## Everything that `make test` and `make lint` need
 
-$(BIN)/.installed: setup.py pyproject.toml
+$(BIN)/.demo: setup.py pyproject.toml  # the package and plots, all that the demo needs
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[plot]'
+	touch $@
+
+$(BIN)/.installed: $(BIN)/.demo  # all extras, the test suite and the tools besides
 	$(BIN)/python -m pip install --quiet -e '.[all,test,dev]'
 	touch $@
 

@@ -1,4 +1,4 @@
-"""The tree of subcommands: usage lines, help and refusals without heavy imports, values that are allowed, exit codes."""
+"""The tree of subcommands: usage lines, help and refusals without heavy imports, allowed values, exit codes."""
 
 from __future__ import annotations
 
@@ -30,16 +30,14 @@ TREE = [
 EVAL = ["eval", "ViT-B-32=openai", "--shards", "x.tar"]
 
 
-def leaves(
-    parser: argparse.ArgumentParser, words: tuple[str, ...] = ()
-) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+def leaves(parser: argparse.ArgumentParser, *words: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
     """Every subcommand that runs something, with its parser."""
     below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not below:
         yield " ".join(words), parser
     for action in below:
         for name, command in action.choices.items():
-            yield from leaves(command, (*words, name))
+            yield from leaves(command, *words, name)
 
 
 def test_usage_lines_print_what_users_type(capsys) -> None:
@@ -64,9 +62,7 @@ def test_unknown_commands_and_help(capsys) -> None:
     assert all(f"    {name.split()[0]} " in printed for name in TREE)
 
 
-HEAVY = (
-    "('torch', 'open_clip', 'open_clip_train', 'transformers', 'timm', 'numpy', 'PIL', 'pandas', 'fsspec', 'gradio')"
-)
+HEAVY = ("torch", "open_clip", "open_clip_train", "transformers", "timm", "numpy", "PIL", "pandas", "fsspec", "gradio")
 ONLY_ARGUMENTS = f"""
 import json, sys
 from msa_openclip.commands.main import main
