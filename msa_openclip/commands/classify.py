@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from ..evaluation.options import TEMPLATES
 from ..shards.arguments import add_command
 from .options import add_data, add_models, add_running, templates
 
@@ -28,9 +29,9 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--templates",
         type=templates,
-        default=templates(),
+        default=TEMPLATES,
         metavar="LIST",
-        help=f"captions with {{}} for the class, separated by '|' (default: {'|'.join(templates())})",
+        help=f"captions with {{}} for the class, separated by '|' (default: {'|'.join(TEMPLATES)})",
     )
     command.add_argument("--json", metavar="FILE", help="write accuracies by ranking and class as data")
 

@@ -1,4 +1,4 @@
-"""A local web page over an index (Gradio, extra `demo`): a sentence or picture in, ranked images and reasons out."""
+"""A local web page over an index (Gradio, extra `demo`): a sentence or image in, ranked images and reasons out."""
 
 from __future__ import annotations
 
@@ -22,54 +22,54 @@ class DemoError(ValueError):
     """Gradio or matplotlib is missing."""
 
 
-def find(searcher: Searcher, text: str, picture: Image.Image | None, classes: str) -> list[Hit]:
-    """The answers to what was typed, or to the picture where nothing was; classes are separated by commas."""
+def find(searcher: Searcher, text: str, image: Image.Image | None, classes: str) -> list[Hit]:
+    """The answers to the sentence, or to the image where no sentence was typed; classes are separated by commas."""
     names = frozenset(name.strip() for name in classes.split(",") if name.strip())
     where = SearchFilter(classes=names) if names else None
     if text.strip():
         return searcher.by_text([text], _SHOWN, where)[0]
-    return searcher.by_image([picture], _SHOWN, where)[0] if picture is not None else []
+    return searcher.by_image([image], _SHOWN, where)[0] if image is not None else []
 
 
 def tiles(hits: Sequence[Hit]) -> list[tuple[Image.Image, str]]:
-    """Pictures and what stands below them: place, fused score, and the score of each scale; short, as tiles are."""
+    """Images with their captions in the gallery: rank, fused score, and the score of each scale."""
     shown = []
-    for place, hit in enumerate(hits, start=1):
+    for rank, hit in enumerate(hits, start=1):
         assert hit.image is not None
         scales = " ".join(f"{value:.1f}" for value in hit.match)
-        below = f"{place}. {hit.score:.2f}" + (f" ({scales})" if scales else "")
+        below = f"{rank}. {hit.score:.2f}" + (f" ({scales})" if scales else "")
         shown.append((load_image(hit.image), below))
     return shown
 
 
 def reasons(searcher: Searcher, hit: Hit, text: str) -> tuple[Any, str]:
-    """Figure and words for the answer that was clicked; only a sentence and an MSA model have reasons."""
+    """Figure of the reasons, and captions, for the answer that was clicked; no figure without sentence or MSCMAT."""
     assert hit.image is not None
-    said = "\n".join(f"- {caption}" for caption in hit.image.captions)
-    metadata = f"**{hit.image.image_id}**, cosine {hit.cosine:.3f}\n\n{said}"
+    captions = "\n".join(f"- {caption}" for caption in hit.image.captions)
+    metadata = f"**{hit.image.image_id}**, cosine {hit.cosine:.3f}\n\n{captions}"
     if not text.strip() or not searcher.scorer.has_match:
         return None, metadata
-    picture, model = load_image(hit.image), searcher.index.model
-    return figure(explain(model, picture, text), view(model, picture)), metadata
+    image, model = load_image(hit.image), searcher.index.model
+    return figure(explain(model, image, text), view(model, image)), metadata
 
 
 def chart(hits: Sequence[Hit]) -> Any:
-    """A map of where the answers lie, in their own coordinates; None if none of them says."""
+    """A map of the answers in their own coordinates; None if none of them is georeferenced."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     placed = [
-        (place, hit.image.metadata["geo"]["bounds"])
-        for place, hit in enumerate(hits, start=1)
+        (rank, hit.image.metadata["geo"]["bounds"])
+        for rank, hit in enumerate(hits, start=1)
         if hit.image is not None and "bounds" in (hit.image.metadata.get("geo") or {})
     ]
     if not placed:
         return None
     drawn = Figure(figsize=(5, 3.6), layout="constrained")
     axis = drawn.subplots()
-    for place, (west, south, east, north) in placed:
+    for rank, (west, south, east, north) in placed:
         axis.add_patch(Rectangle((west, south), east - west, north - south, fill=False, color="#2a7f62"))
-        axis.annotate(str(place), ((west + east) / 2, (south + north) / 2), ha="center", va="center")
+        axis.annotate(str(rank), ((west + east) / 2, (south + north) / 2), ha="center", va="center")
     axis.autoscale_view()
     axis.ticklabel_format(style="plain", useOffset=False)
     axis.tick_params(axis="x", rotation=30)
@@ -89,10 +89,10 @@ def page(searcher: Searcher) -> Any:
     except ImportError as error:
         raise DemoError(f"{error.name} is missing: pip install 'msa_openclip[demo]'.") from error
 
-    def search(text: str, picture: Image.Image | None, classes: str) -> tuple[Any, ...]:
-        hits = find(searcher, text, picture, classes)
+    def search(text: str, image: Image.Image | None, classes: str) -> tuple[Any, ...]:
+        hits = find(searcher, text, image, classes)
         placed = chart(hits)
-        note = "" if hits else "Nothing found." if text.strip() or picture else "Type a sentence or drop a picture."
+        note = "" if hits else "Nothing found." if text.strip() or image else "Type a sentence or drop a picture."
         return tiles(hits), hits, note, gr.update(value=placed, visible=placed is not None), None
 
     def clicked(hits: list[Hit], text: str, event: Any) -> tuple[Any, str]:
@@ -106,7 +106,7 @@ def page(searcher: Searcher) -> Any:
                 text = gr.Textbox(label="Sentence", placeholder="many planes are parked beside a terminal")
                 classes = gr.Textbox(label="Classes (optional, with commas)")
                 button = gr.Button("Search", variant="primary")
-            picture = gr.Image(label="or a picture", type="pil", height=240, scale=1)
+            image = gr.Image(label="or a picture", type="pil", height=240, scale=1)
         hits = gr.State([])
         with gr.Row():
             with gr.Column(scale=3):
@@ -118,6 +118,6 @@ def page(searcher: Searcher) -> Any:
         why = gr.Plot(show_label=False)
         gr.HTML(f"<style>{_STYLE}</style>", padding=False)
         for ask in (button.click, text.submit):
-            ask(search, [text, picture, classes], [gallery, hits, metadata, positions, why])
+            ask(search, [text, image, classes], [gallery, hits, metadata, positions, why])
         gallery.select(clicked, [hits, text], [why, metadata])
     return blocks

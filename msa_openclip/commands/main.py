@@ -8,7 +8,7 @@ print(parser().format_help())
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from .. import __version__
 from ..shards import command_line
@@ -45,3 +45,13 @@ def parser() -> argparse.ArgumentParser:
     )
     command_line.add_commands(shards)
     return tree
+
+
+def subcommands(tree: argparse.ArgumentParser, *words: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Every subcommand that does something, as it is typed (`eval`, `shards build`), with its parser."""
+    below = [action for action in tree._actions if isinstance(action, argparse._SubParsersAction)]
+    if not below:
+        yield " ".join(words), tree
+    for action in below:
+        for name, command in action.choices.items():
+            yield from subcommands(command, *words, name)

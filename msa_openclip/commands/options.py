@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 
-from ..evaluation.options import PRECISIONS, TEMPLATES, EvalOptions
+from ..evaluation.options import PRECISIONS, EvalOptions
 from ..search.options import KINDS
 from ..shards.arguments import add_progress, whole_number
 from ..shards.options import KINDS as CAPTION_KINDS
@@ -153,7 +153,7 @@ def class_pattern(text: str) -> re.Pattern[str]:
     return pattern
 
 
-def templates(text: str = "|".join(TEMPLATES)) -> tuple[str, ...]:
+def templates(text: str) -> tuple[str, ...]:
     """Type of --templates: separated by '|', each with {} in the place of the class."""
     parts = tuple(text.split("|"))
     for part in parts:

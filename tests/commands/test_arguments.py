@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,18 +29,8 @@ TREE = [
 EVAL = ["eval", "ViT-B-32=openai", "--shards", "x.tar"]
 
 
-def leaves(parser: argparse.ArgumentParser, *words: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """Every subcommand that runs something, with its parser."""
-    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    if not below:
-        yield " ".join(words), parser
-    for action in below:
-        for name, command in action.choices.items():
-            yield from leaves(command, *words, name)
-
-
 def test_usage_lines_print_what_users_type(capsys) -> None:
-    commands = dict(leaves(cli.parser()))
+    commands = dict(cli.subcommands(cli.parser()))
     assert list(commands) == TREE
     for name, command in commands.items():
         assert cli.main([*name.split(), "--help"]) == 0
