@@ -6,25 +6,24 @@ import argparse
 import dataclasses
 import sys
 import types
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, get_args, get_origin, get_type_hints
 
 from .exit_codes import UsageError
 from .records import ShardError
 
-if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
-    """Where subcommands are added, as `add_subparsers` returns it."""
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""Where subcommands are added, as `add_subparsers` returns it."""
 
 
 def add_command(
     commands: Commands,
     name: str,
     run: Callable[[argparse.Namespace], int | None],
-    *,
     help: str,
-    description: str,
-    examples: str = "",
+    *,
+    description: str | None = None,
+    examples: Sequence[str] = (),
     resumes: bool = False,
 ) -> argparse.ArgumentParser:
     """A subcommand for `exit_codes.run_command`.
@@ -33,15 +32,15 @@ def add_command(
         commands: what it is added to.
         run: does the work; imports what is heavy itself, so that help and refusals come at once.
         help: one line for the list of commands.
-        description: what its own help says, already in lines.
-        examples: command lines, indented by two, for the end of its help.
+        description: what its own help says, already in lines (default: `help`).
+        examples: command lines for the end of its help.
         resumes: after an interruption the same command goes on where it stopped.
     """
     command = commands.add_parser(
         name,
         help=help,
-        description=description,
-        epilog=f"examples:\n{examples}" if examples else None,
+        description=description or f"{help[0].upper()}{help[1:]}.",
+        epilog="\n  ".join(["examples:", *examples]) if examples else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     interrupted = "interrupted; the same command goes on from here" if resumes else "interrupted"
@@ -58,6 +57,19 @@ def add_progress(group: argparse._ActionsContainer) -> None:
         help="progress bars on stderr (default: if it is a terminal)",
     )
     group.add_argument("--quiet", action="store_false", dest="progress", help="no progress bars")
+
+
+def add_number(
+    group: argparse._ActionsContainer, flag: str, help: str, *, default: int, least: int = 1, most: int | None = None
+) -> None:
+    """A flag for a whole number within bounds."""
+    kind = whole_number(least, most)
+    group.add_argument(flag, type=kind, default=default, metavar="N", help=f"{help} (default: %(default)s)")
+
+
+def add_choice(group: argparse._ActionsContainer, flag: str, help: str, choices: Sequence[str]) -> None:
+    """A flag for one of several words, of which the first is the default."""
+    group.add_argument(flag, choices=choices, default=choices[0], help=f"{help} (default: %(default)s)")
 
 
 def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:

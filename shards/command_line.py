@@ -9,15 +9,20 @@ import argparse
 import os
 import tempfile
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from .arguments import add_command, add_options, add_progress, option_values, whole_number
+from .arguments import (
+    Commands,
+    add_choice,
+    add_command,
+    add_number,
+    add_options,
+    add_progress,
+    option_values,
+    whole_number,
+)
 from .exit_codes import run_command
 from .options import BuildOptions, ImageOptions, ReadOptions
 from .running.engines import ENGINES
-
-if TYPE_CHECKING:
-    from .arguments import Commands
 
 DESCRIPTION = "Captions and images of remote sensing -> WebDataset shards; checks, reports, drawn scenes."
 # A clone that is not installed has no msa-openclip.
@@ -47,13 +52,15 @@ def _add_build(commands: Commands) -> None:
         commands,
         "build",
         _build,
-        help="captions and images to shards",
+        "captions and images to shards",
         description="Turn captions and images into shuffled WebDataset shards that open_clip reads.\n\n"
         "The shards depend on the input and the options of the groups shards, reading and images alone:\n"
         "workers, engine and interruptions change no byte. Images that cannot be used are named in\n"
         "rejected.jsonl beside the shards.",
-        examples="  msa-openclip shards build dataset_rsitmd.json shards --images images\n"
-        "  msa-openclip shards build AID shards/aid --name aid --holdout val=0.1,test=0.1\n",
+        examples=[
+            "msa-openclip shards build dataset_rsitmd.json shards --images images",
+            "msa-openclip shards build AID shards/aid --name aid --holdout val=0.1,test=0.1",
+        ],
         resumes=True,
     )
     command.add_argument("captions", metavar="CAPTIONS", help="caption file or folder (path or fsspec URL)")
@@ -68,7 +75,7 @@ def _add_build(commands: Commands) -> None:
 def _add_run_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("running")
     _add_workers(group)
-    group.add_argument("--engine", choices=ENGINES, default="auto", help="what the jobs run on (default: %(default)s)")
+    add_choice(group, "--engine", "what the jobs run on", ENGINES)
     group.add_argument("--strict", action="store_true", help="fail at the first problem instead of rejecting the image")
     group.add_argument("--overwrite", action="store_true", help="replace another build in OUT")
     group.add_argument("--dry-run", action="store_true", help="plan and estimate, write nothing")
@@ -77,14 +84,8 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
 
 
 def _add_workers(group: argparse._ActionsContainer) -> None:
-    cpus = os.cpu_count() or 1
-    group.add_argument(
-        "--workers",
-        type=whole_number(1),
-        default=cpus,
-        metavar="N",
-        help="parallel jobs (default: one for each CPU)",
-    )
+    help_text = "parallel jobs (default: one for each CPU)"
+    group.add_argument("--workers", type=whole_number(1), default=os.cpu_count() or 1, metavar="N", help=help_text)
 
 
 def _build(parsed: argparse.Namespace) -> None:
@@ -118,21 +119,11 @@ def _run_build(parsed: argparse.Namespace, read: ReadOptions) -> None:
 
 
 def _add_reshard(commands: Commands) -> None:
-    command = add_command(
-        commands,
-        "reshard",
-        _reshard,
-        help="shards to other shards: another number, layout, seed, or several as one",
-        description="Write shards anew: in another number, layout, size or order, or several sets as one.",
-        examples="  msa-openclip shards reshard shards/ucm shards/ucm-pair --layout pair --shards 16\n",
-        resumes=True,
-    )
-    command.add_argument(
-        "sources",
-        nargs="+",
-        metavar="SOURCE",
-        help="folder of shards or tar pattern; captions of pairs are put together",
-    )
+    example = "msa-openclip shards reshard shards/ucm shards/ucm-pair --layout pair --shards 16"
+    text = "shards to other shards: another number, layout, seed, or several as one"
+    command = add_command(commands, "reshard", _reshard, text, examples=[example], resumes=True)
+    text = "folder of shards or tar pattern; captions of pairs are put together"
+    command.add_argument("sources", nargs="+", metavar="SOURCE", help=text)
     command.add_argument("out", metavar="OUT", help="folder for the new shards")
     add_options(command, BuildOptions, "shards")
     add_options(command, ImageOptions, "images")
@@ -145,14 +136,9 @@ def _reshard(parsed: argparse.Namespace) -> None:
 
 
 def _add_verify(commands: Commands) -> None:
-    command = add_command(
-        commands,
-        "verify",
-        _verify,
-        help="read shards again and compare them with their manifest",
-        description="Read shards again and compare them with their manifest; the exit code is 1 if they differ.",
-        examples="  msa-openclip shards verify shards/ucm --decode\n",
-    )
+    example = "msa-openclip shards verify shards/ucm --decode"
+    text = "read shards again and compare them with their manifest; exit code 1 if they differ"
+    command = add_command(commands, "verify", _verify, text, examples=[example])
     command.add_argument("folder", metavar="FOLDER", help="folder of shards (path or fsspec URL)")
     command.add_argument("--decode", action="store_true", help="also decode every image")
     _add_workers(command)
@@ -168,17 +154,11 @@ def _verify(parsed: argparse.Namespace) -> int:
 
 
 def _add_info(commands: Commands) -> None:
-    command = add_command(
-        commands,
-        "info",
-        _info,
-        help="what is in shards: counts, captions, duplicates; as text, JSON or HTML",
-        description="Count and describe what is in shards: images, captions, sizes, classes, duplicates.",
-        examples="  msa-openclip shards info shards/ucm --tokenizer ViT-B-32 --look-alikes --html ucm.html\n",
-    )
-    command.add_argument(
-        "folders", nargs="+", metavar="FOLDER", help="folder of shards; of several also the images that they share"
-    )
+    example = "msa-openclip shards info shards/ucm --tokenizer ViT-B-32 --look-alikes --html ucm.html"
+    text = "what is in shards: counts, captions, duplicates; as text, JSON or HTML"
+    command = add_command(commands, "info", _info, text, examples=[example])
+    text = "folder of shards; of several also the images that they share"
+    command.add_argument("folders", nargs="+", metavar="FOLDER", help=text)
     command.add_argument("--json", metavar="FILE", help="write the report as JSON")
     command.add_argument("--html", metavar="FILE", help="write the report as a page with plots and samples")
     command.add_argument("--tokenizer", metavar="MODEL", help="open_clip model whose tokenizer measures the captions")
@@ -204,26 +184,14 @@ def _info(parsed: argparse.Namespace) -> None:
 
 
 def _add_synthesize(commands: Commands) -> None:
-    command = add_command(
-        commands,
-        "synthesize",
-        _synthesize,
-        help="drawn aerial scenes with captions, to try things out",
-        description="Draw aerial scenes with captions that are true of them, as files or as shards.",
-        examples="  msa-openclip shards synthesize shards --train 1600 --val 200 --test 200 --shards image\n",
-    )
+    example = "msa-openclip shards synthesize shards --train 1600 --val 200 --test 200 --shards image"
+    text = "drawn aerial scenes with captions, to try things out"
+    command = add_command(commands, "synthesize", _synthesize, text, examples=[example])
     command.add_argument("out", metavar="OUT", help="local folder for captions.json and images/, or for the shards")
     for split, count in (("train", 2000), ("val", 200), ("test", 200)):
-        help_text = f"scenes of split {split} (default: %(default)s)"
-        command.add_argument(f"--{split}", type=whole_number(0), default=count, metavar="N", help=help_text)
+        add_number(command, f"--{split}", f"scenes of split {split}", default=count, least=0)
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the scenes (default: %(default)s)")
-    command.add_argument(
-        "--size-px",
-        type=whole_number(32),
-        default=96,
-        metavar="N",
-        help="side of the images (default: %(default)s)",
-    )
+    add_number(command, "--size-px", "side of the images", default=96, least=32)
     command.add_argument("--shards", choices=("image", "pair"), help="write shards of this layout instead of files")
     add_progress(command)
 
@@ -244,14 +212,9 @@ def _synthesize(parsed: argparse.Namespace) -> None:
 
 
 def _add_clip_benchmark(commands: Commands) -> None:
-    command = add_command(
-        commands,
-        "clip-benchmark",
-        _clip_benchmark,
-        help="show image shards to CLIP_benchmark under the names it expects",
-        description="Lay out shards for CLIP_benchmark and print the command line that evaluates on them.",
-        examples="  msa-openclip shards clip-benchmark shards/ucm benchmark/ucm\n",
-    )
+    example = "msa-openclip shards clip-benchmark shards/ucm benchmark/ucm"
+    text = "show image shards to CLIP_benchmark under the names it expects, and print its command"
+    command = add_command(commands, "clip-benchmark", _clip_benchmark, text, examples=[example])
     command.add_argument("folder", metavar="FOLDER", help="folder of shards, layout image")
     command.add_argument("out", metavar="OUT", help="folder for links to (or copies of) the shards")
 

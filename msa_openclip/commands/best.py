@@ -4,32 +4,20 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
-from ..reports.run_selection import METRIC, best_epoch, mean_and_sd
-from ..shards.arguments import add_command
-from .options import add_data, add_reports, add_running
-
-if TYPE_CHECKING:
-    from ..shards.arguments import Commands
+from ..reports.run_selection import best_epoch, mean_and_sd
+from ..shards.arguments import Commands, add_command
+from .options import add_data, add_metric, add_reports, add_running
 
 
 def add(commands: Commands) -> None:
     """Arguments and help."""
-    command = add_command(
-        commands,
-        "best",
-        run,
-        help="best epoch of each run by validation, tested once; seeds as mean +- sd",
-        description="The best epoch of each run by its own validation (results.jsonl), evaluated once on test data.",
-        examples="  msa-openclip best logs/seed0 logs/seed1 logs/seed2 --shards 'ucm/test-{000000..000003}.tar'\n",
-    )
-    command.add_argument(
-        "runs", nargs="+", metavar="RUN", help="folder LOGS/NAME of open_clip_train.main, one for each seed"
-    )
-    command.add_argument(
-        "--metric", default=METRIC, metavar="KEY", help="key of results.jsonl to choose by (default: %(default)s)"
-    )
+    example = "msa-openclip best logs/seed0 logs/seed1 logs/seed2 --shards 'ucm/test-{000000..000003}.tar'"
+    text = "best epoch of each run by its validation, tested once; seeds as mean +- sd"
+    command = add_command(commands, "best", run, text, examples=[example])
+    text = "folder LOGS/NAME of open_clip_train.main, one for each seed"
+    command.add_argument("runs", nargs="+", metavar="RUN", help=text)
+    add_metric(command)
     add_data(command)
     add_running(command)
     add_reports(command, bootstrap=0)

@@ -4,35 +4,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
 
-from ..reports.run_selection import METRIC
-from ..shards.arguments import add_command
-
-if TYPE_CHECKING:
-    from ..shards.arguments import Commands
+from ..shards.arguments import Commands, add_command
+from .options import add_metric
 
 
 def add(commands: Commands) -> None:
     """Arguments and help."""
-    command = add_command(
-        commands,
-        "card",
-        run,
-        help="a model card for the hub from a run and its test",
-        description="Print a model card for the hub (README.md): model, training, choice of the epoch, recalls.",
-        examples="  msa-openclip card logs/NAME --eval after.json --repo me/msa-rsitmd --license mit > README.md\n",
-    )
+    example = "msa-openclip card logs/NAME --eval after.json --repo me/msa-rsitmd --license mit > README.md"
+    text = "a model card for the hub from a run and its test"
+    command = add_command(commands, "card", run, text, examples=[example])
     command.add_argument("run_folder", metavar="RUN", help="folder LOGS/NAME of open_clip_train.main")
-    command.add_argument(
-        "--eval", required=True, metavar="FILE", help="what best --json or eval --json wrote of its test"
-    )
-    command.add_argument(
-        "--metric",
-        default=METRIC,
-        metavar="KEY",
-        help="key of results.jsonl that chose the epoch (default: %(default)s)",
-    )
+    text = "what best --json or eval --json wrote of its test"
+    command.add_argument("--eval", required=True, metavar="FILE", help=text)
+    add_metric(command)
     command.add_argument("--repo", default="ORG/NAME", help="repository on the hub (default: %(default)s)")
     command.add_argument("--title", help="of the card (default: the repository's name)")
     command.add_argument("--license", metavar="ID", help="identifier of the hub, e.g. mit or cc-by-nc-4.0")

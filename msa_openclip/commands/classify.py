@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from ..evaluation.options import TEMPLATES
-from ..shards.arguments import add_command
+from ..shards.arguments import Commands, add_command
 from .options import add_data, add_models, add_running, templates
-
-if TYPE_CHECKING:
-    from ..shards.arguments import Commands
 
 
 def add(commands: Commands) -> None:
     """Arguments and help."""
-    command = add_command(
-        commands,
-        "classify",
-        run,
-        help="zero-shot scene classification",
-        description="Zero-shot scene classification: class names in templates as texts, accuracy by each ranking.",
-        examples="  msa-openclip classify MSA-ViT-B=epoch_9.pt ViT-B-32=openai --folder UCMerced_LandUse/Images\n",
-    )
+    example = "msa-openclip classify MSA-ViT-B=epoch_9.pt ViT-B-32=openai --folder UCMerced_LandUse/Images"
+    text = "zero-shot scene classification, by the names of the classes in caption templates"
+    command = add_command(commands, "classify", run, text, examples=[example])
     add_models(command)
     add_data(command, folder="folder of class folders of images")
     add_running(command)
-    command.add_argument(
-        "--templates",
-        type=templates,
-        default=TEMPLATES,
-        metavar="LIST",
-        help=f"captions with {{}} for the class, separated by '|' (default: {'|'.join(TEMPLATES)})",
-    )
+    text = f"captions with {{}} for the class, separated by '|' (default: {'|'.join(TEMPLATES)})"
+    command.add_argument("--templates", type=templates, default=TEMPLATES, metavar="LIST", help=text)
     command.add_argument("--json", metavar="FILE", help="write accuracies by ranking and class as data")
 
 
@@ -47,14 +33,8 @@ def run(parsed: argparse.Namespace) -> None:
     results = {}
     for spec in parsed.models:
         model = inputs.load_model(spec, parsed)
-        results[spec] = classify(
-            model,
-            images,
-            parsed.templates,
-            batch_size=parsed.batch_size,
-            workers=parsed.workers,
-            progress=parsed.progress,
-        )
+        running = {"batch_size": parsed.batch_size, "workers": parsed.workers, "progress": parsed.progress}
+        results[spec] = classify(model, images, parsed.templates, **running)
     classes = next(iter(results.values())).classes
     print(f"{len(images)} images, {len(classes)} classes, {len(parsed.templates)} templates\n")
     width = max(map(len, results))

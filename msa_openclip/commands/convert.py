@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ..shards.arguments import add_command
-
-if TYPE_CHECKING:
-    from ..shards.arguments import Commands
+from ..shards.arguments import Commands, add_command
 
 
 def add(commands: Commands) -> None:
     """Arguments and help."""
-    command = add_command(
-        commands,
-        "convert",
-        run,
-        help="a checkpoint of the paper authors' released code to MSA-ResNet50-BERT",
-        description="Convert a checkpoint of the paper authors' released code to one of MSA-ResNet50-BERT.",
-        examples="  msa-openclip convert released.pth msa.pt\n",
-    )
+    example = "msa-openclip convert released.pth msa.pt"
+    text = "a checkpoint of the paper authors' released code to one of MSA-ResNet50-BERT"
+    command = add_command(commands, "convert", run, text, examples=[example])
     command.add_argument(
         "source", type=Path, metavar="SRC", help="checkpoint of the released code, as torch.save wrote it"
     )

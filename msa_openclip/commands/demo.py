@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ..shards.arguments import add_command, whole_number
+from ..shards.arguments import Commands, add_command, add_number
 from .options import add_device, add_moved_model
-
-if TYPE_CHECKING:
-    from ..shards.arguments import Commands
 
 
 def add(commands: Commands) -> None:
     """Arguments and help."""
-    command = add_command(
-        commands,
-        "demo",
-        run,
-        help="a web page over an index",
-        description="A web page over an index: type a sentence or drop an image, click an answer to see why.",
-        examples="  msa-openclip demo tiles.index\n",
-    )
+    text = "a web page over an index: type a sentence or drop an image, click an answer to see why"
+    command = add_command(commands, "demo", run, text, examples=["msa-openclip demo tiles.index"])
     command.add_argument("index", metavar="INDEX", help="folder of the index")
     add_moved_model(command)
     add_device(command)
-    command.add_argument(
-        "--host", default="127.0.0.1", help="address to serve on, 0.0.0.0 for all networks (default: %(default)s)"
-    )
-    command.add_argument(
-        "--port", type=whole_number(0, 65535), default=7860, metavar="N", help="port to serve on (default: %(default)s)"
-    )
+    text = "address to serve on, 0.0.0.0 for all networks (default: %(default)s)"
+    command.add_argument("--host", default="127.0.0.1", help=text)
+    add_number(command, "--port", "port to serve on", default=7860, least=0, most=65535)
 
 
 def run(parsed: argparse.Namespace) -> None:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
-from ..shards.arguments import add_command
+from ..shards.arguments import Commands, add_choice, add_command
 from .options import add_data, add_models, add_reports, add_running
-
-if TYPE_CHECKING:
-    from ..shards.arguments import Commands
 
 
 def add(commands: Commands) -> None:
@@ -18,18 +14,18 @@ def add(commands: Commands) -> None:
         commands,
         "eval",
         run,
-        help="retrieval metrics of models, side by side",
+        "retrieval metrics of models, side by side",
         description="Retrieval metrics of open_clip models: recall@{1,5,10} both ways, mR, median and mean rank.",
-        examples="  msa-openclip eval MSA-ViT-B=epoch_9.pt ViT-B-32=openai --shards 'ucm/test-{000000..000003}.tar'\n"
-        "  msa-openclip eval ViT-B-32=RemoteCLIP-ViT-B-32.pt --captions dataset_ucm.json --images images\n",
+        examples=[
+            "msa-openclip eval MSA-ViT-B=epoch_9.pt ViT-B-32=openai --shards 'ucm/test-{000000..000003}.tar'",
+            "msa-openclip eval ViT-B-32=RemoteCLIP-ViT-B-32.pt --captions dataset_ucm.json --images images",
+        ],
     )
     add_models(command)
     add_data(command)
     add_running(command)
     group = add_reports(command, bootstrap=1000)
-    group.add_argument(
-        "--ties", choices=("expected", "pessimistic"), default="expected", help="equal scores (default: %(default)s)"
-    )
+    add_choice(group, "--ties", "equal scores", ("expected", "pessimistic"))
     group.add_argument("--scales", action="store_true", help="also print the rankings of each scale alone")
 
 

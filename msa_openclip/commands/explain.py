@@ -6,12 +6,11 @@ import argparse
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from ..shards.arguments import add_command
+from ..shards.arguments import Commands, add_command
 from .options import MODEL, add_device
 
 if TYPE_CHECKING:
     from ..explain.explanation import Explanation
-    from ..shards.arguments import Commands
 
 
 def add(commands: Commands) -> None:
@@ -20,9 +19,9 @@ def add(commands: Commands) -> None:
         commands,
         "explain",
         run,
-        help="words and places behind the score of an image and a text",
+        "words and places behind the score of an image and a text",
         description="Per scale: each word's exact share of the score, and where in the image the scale looked.",
-        examples="  msa-openclip explain MSA-ViT-B=epoch_9.pt tile.jpg 'planes beside a terminal' --figure why.png\n",
+        examples=["msa-openclip explain MSA-ViT-B=epoch_9.pt tile.jpg 'planes beside a terminal' --figure why.png"],
     )
     command.add_argument("model", metavar="MODEL", help=f"an MSA model: {MODEL}")
     command.add_argument("image", metavar="IMAGE", help="image file")

@@ -5,14 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from typing import TYPE_CHECKING
 
 from ..search.options import SEGMENT_IMAGES
-from ..shards.arguments import add_command, add_progress, whole_number
+from ..shards.arguments import Commands, add_command, add_number, add_progress
 from .options import MODEL, add_batches, add_loading, add_nearest
-
-if TYPE_CHECKING:
-    from ..shards.arguments import Commands
 
 
 def add(commands: Commands) -> None:
@@ -21,10 +17,12 @@ def add(commands: Commands) -> None:
         commands,
         "index",
         run,
-        help="images to an index on disk",
+        "images to an index on disk",
         description="Index images for search; called again it adds what is new, or goes on where it was interrupted.",
-        examples="  msa-openclip index MSA-ViT-B=epoch_9.pt tiles.index --shards 'tiles/train-{000000..000063}.tar'\n"
-        "  torchrun --nproc-per-node 8 -m -- msa_openclip index MSA-ViT-B=epoch_9.pt tiles.index --folder tiles\n",
+        examples=[
+            "msa-openclip index MSA-ViT-B=epoch_9.pt tiles.index --shards 'tiles/train-{000000..000063}.tar'",
+            "torchrun --nproc-per-node 8 -m -- msa_openclip index MSA-ViT-B=epoch_9.pt tiles.index --folder tiles",
+        ],
         resumes=True,
     )
     command.add_argument("model", metavar="MODEL", help=MODEL)
@@ -36,13 +34,7 @@ def add(commands: Commands) -> None:
     group = command.add_argument_group("running")
     add_loading(group)
     add_batches(group)
-    group.add_argument(
-        "--segment-images",
-        type=whole_number(1),
-        default=SEGMENT_IMAGES,
-        metavar="N",
-        help="unit of resuming (default: %(default)s)",
-    )
+    add_number(group, "--segment-images", "unit of resuming", default=SEGMENT_IMAGES)
     add_progress(group)
 
 

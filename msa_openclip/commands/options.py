@@ -6,8 +6,9 @@ import argparse
 import re
 
 from ..evaluation.options import PRECISIONS, EvalOptions
+from ..reports.run_selection import METRIC
 from ..search.options import KINDS
-from ..shards.arguments import add_progress, whole_number
+from ..shards.arguments import add_choice, add_number, add_progress
 from ..shards.options import KINDS as CAPTION_KINDS
 from ..shards.records import SPLITS
 
@@ -31,87 +32,51 @@ def add_data(parser: argparse.ArgumentParser, *, folder: str | None = None) -> N
     sources = group.add_mutually_exclusive_group(required=True)
     if folder:
         sources.add_argument("--folder", metavar="FOLDER", help=folder)
-    sources.add_argument(
-        "--shards", metavar="PATTERN", help="WebDataset shards of either layout, e.g. 'data/test-{000..003}.tar'"
-    )
-    sources.add_argument(
-        "--captions", metavar="FILE", help="caption file or folder as `msa-openclip shards build` reads it"
-    )
-    group.add_argument(
-        "--images", metavar="FOLDER", help="of the images of --captions (default: the folder of the captions)"
-    )
-    group.add_argument(
-        "--split", choices=(*SPLITS, "all"), default="test", help="split of --captions (default: %(default)s)"
-    )
-    group.add_argument(
-        "--kind", choices=CAPTION_KINDS, default="auto", help="format of --captions (default: %(default)s)"
-    )
-    group.add_argument(
-        "--class-regex",
-        type=class_pattern,
-        metavar="PATTERN",
-        help="the class is the first group of this pattern in the image id, e.g. '^([a-z]+)_'",
-    )
+    text = "WebDataset shards of either layout, e.g. 'data/test-{000..003}.tar'"
+    sources.add_argument("--shards", metavar="PATTERN", help=text)
+    text = "caption file or folder as `msa-openclip shards build` reads it"
+    sources.add_argument("--captions", metavar="FILE", help=text)
+    text = "of the images of --captions (default: the folder of the captions)"
+    group.add_argument("--images", metavar="FOLDER", help=text)
+    text = "split of --captions (default: %(default)s)"
+    group.add_argument("--split", choices=(*SPLITS, "all"), default="test", help=text)
+    add_choice(group, "--kind", "format of --captions", CAPTION_KINDS)
+    text = "the class is the first group of this pattern in the image id, e.g. '^([a-z]+)_'"
+    group.add_argument("--class-regex", type=class_pattern, metavar="PATTERN", help=text)
 
 
 def add_running(parser: argparse.ArgumentParser) -> None:
     """--device, --precision, what bounds time and memory, and progress bars."""
-    defaults = EvalOptions()
     group = parser.add_argument_group("running")
     add_loading(group)
     add_batches(group)
-    group.add_argument(
-        "--memory-mb",
-        type=whole_number(1),
-        default=defaults.memory_mb,
-        metavar="N",
-        help="bound on image sides and scores (default: %(default)s)",
-    )
+    add_number(group, "--memory-mb", "bound on image sides and scores", default=EvalOptions().memory_mb)
     add_progress(group)
 
 
 def add_loading(group: argparse._ActionsContainer) -> None:
     """--device and --precision, as `loading.load` takes them."""
     add_device(group)
-    group.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="fp32",
-        help="of the towers, as for open_clip_train.main (default: %(default)s)",
-    )
+    add_choice(group, "--precision", "of the towers, as for open_clip_train.main", PRECISIONS)
 
 
 def add_device(group: argparse._ActionsContainer) -> None:
     """--device alone."""
-    group.add_argument(
-        "--device", type=device, default="cpu", help=f"{', '.join(DEVICES)}, cuda:1, ... (default: %(default)s)"
-    )
+    text = f"{', '.join(DEVICES)}, cuda:1, ... (default: %(default)s)"
+    group.add_argument("--device", type=device, default="cpu", help=text)
 
 
 def add_batches(group: argparse._ActionsContainer) -> None:
     """--batch-size and --workers."""
     defaults = EvalOptions()
-    group.add_argument(
-        "--batch-size",
-        type=whole_number(1),
-        default=defaults.batch_size,
-        metavar="N",
-        help="images or captions encoded at once (default: %(default)s)",
-    )
-    group.add_argument(
-        "--workers",
-        type=whole_number(0),
-        default=defaults.workers,
-        metavar="N",
-        help="processes that decode images, 0 for none beside this one (default: %(default)s)",
-    )
+    add_number(group, "--batch-size", "images or captions encoded at once", default=defaults.batch_size)
+    text = "processes that decode images, 0 for none beside this one"
+    add_number(group, "--workers", text, default=defaults.workers, least=0)
 
 
 def add_nearest(parser: argparse.ArgumentParser) -> None:
     """--nearest, as `search.nearest` takes it."""
-    parser.add_argument(
-        "--nearest", choices=KINDS, default="auto", help="search by global features (default: %(default)s)"
-    )
+    add_choice(parser, "--nearest", "search by global features", KINDS)
 
 
 def add_moved_model(parser: argparse.ArgumentParser) -> None:
@@ -119,16 +84,17 @@ def add_moved_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="MODEL", help="NAME=CHECKPOINT, if the weights of the index have moved")
 
 
+def add_metric(parser: argparse.ArgumentParser) -> None:
+    """--metric, as `run_selection.best_epoch` takes it."""
+    text = "key of results.jsonl by which the epoch is chosen (default: %(default)s)"
+    parser.add_argument("--metric", default=METRIC, metavar="KEY", help=text)
+
+
 def add_reports(parser: argparse.ArgumentParser, *, bootstrap: int) -> argparse._ArgumentGroup:
     """--bootstrap with its default, --json and --html; returns their group, for what a command adds."""
     group = parser.add_argument_group("report")
-    group.add_argument(
-        "--bootstrap",
-        type=whole_number(0),
-        default=bootstrap,
-        metavar="N",
-        help="samples for 95 %% intervals over images, 0 for none (default: %(default)s)",
-    )
+    text = "samples for 95 %% intervals over images, 0 for none"
+    add_number(group, "--bootstrap", text, default=bootstrap, least=0)
     group.add_argument("--json", metavar="FILE", help="write everything as data")
     group.add_argument("--html", metavar="FILE", help="write a page with plots and images (needs matplotlib)")
     return group

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..search.options import CANDIDATES
-from ..shards.arguments import add_command, whole_number
+from ..shards.arguments import Commands, add_command, add_number
 from ..shards.exit_codes import UsageError
 from .options import add_loading, add_moved_model, add_nearest
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from ..search.filters import SearchFilter
     from ..search.searcher import Hit
-    from ..shards.arguments import Commands
 
 
 def add(commands: Commands) -> None:
@@ -28,41 +27,30 @@ def add(commands: Commands) -> None:
         commands,
         "search",
         run,
-        help="texts or images against an index",
+        "texts or images against an index",
         description="Search an index by texts ('-' reads them from standard input, one a line) or images.",
-        examples="  msa-openclip search tiles.index 'many planes beside a terminal' --classes airport --since 2020\n"
-        "  msa-openclip search tiles.index --like tile.jpg -k 20 --json\n",
+        examples=[
+            "msa-openclip search tiles.index 'many planes beside a terminal' --classes airport --since 2020",
+            "msa-openclip search tiles.index --like tile.jpg -k 20 --json",
+        ],
     )
     command.add_argument("index", metavar="INDEX", help="folder of the index")
     command.add_argument("queries", nargs="*", metavar="TEXT", help="what to look for")
     command.add_argument("--like", nargs="+", default=[], metavar="FILE", help="find images like these")
     command.add_argument("--describe", nargs="+", default=[], metavar="FILE", help="find captions for these images")
-    command.add_argument(
-        "-k", type=whole_number(1), default=10, metavar="N", help="answers a query (default: %(default)s)"
-    )
-    command.add_argument(
-        "--candidates",
-        type=whole_number(1),
-        default=CANDIDATES,
-        metavar="N",
-        help="the nearest by global features that MSCMAT scores (default: %(default)s)",
-    )
+    add_number(command, "-k", "answers a query", default=10)
+    add_number(command, "--candidates", "the nearest by global features that MSCMAT scores", default=CANDIDATES)
     command.add_argument("--json", action="store_true", help="print a JSON object for each query")
     add_nearest(command)
     add_moved_model(command)
     add_loading(command)
     group = command.add_argument_group("filters")
     group.add_argument("--classes", nargs="+", default=[], metavar="CLASS", help="only images of these classes")
-    group.add_argument(
-        "--box",
-        type=_box,
-        metavar="WEST,SOUTH,EAST,NORTH",
-        help="only images that overlap it; write --box=-10,... where it starts with a minus",
-    )
+    text = "only images that overlap it; write --box=-10,... where it starts with a minus"
+    group.add_argument("--box", type=_box, metavar="WEST,SOUTH,EAST,NORTH", help=text)
     group.add_argument("--since", metavar="DATE", help="only images of this ISO date or later (meta.date)")
-    group.add_argument(
-        "--until", metavar="DATE", help="only images of this ISO date or earlier; 2020 includes that year"
-    )
+    text = "only images of this ISO date or earlier; 2020 includes that year"
+    group.add_argument("--until", metavar="DATE", help=text)
 
 
 def _box(text: str) -> tuple[float, ...]:
