@@ -1,4 +1,4 @@
-"""A picture of a training run: its loss terms and validation recalls by epoch."""
+"""Plots a training run: its loss terms and validation recalls by epoch."""
 
 from __future__ import annotations
 
