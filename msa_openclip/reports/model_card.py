@@ -89,7 +89,8 @@ def _manifest(pattern: str) -> dict[str, Any]:
 def card(run: TestedRun, *, title: str, repository: str, license: str | None) -> str:
     """The text of README.md: metadata that the hub reads, as YAML, and Markdown below it.
 
-    text = card(gather("logs/NAME", "test.json", METRIC), title="Planes", repository="me/planes", license="mit")
+    Example:
+        text = card(gather("logs/NAME", "test.json", METRIC), title="Planes", repository="me/planes", license="mit")
     """
     return render(
         "model_card.md",
@@ -136,7 +137,7 @@ def _metadata(run: TestedRun, title: str, license: str | None) -> ModelCardData:
 
 
 def _shown_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What repeats the training, without what was left at nothing and without folders of the author's machine."""
+    """The parameters that matter and were set, without the folders of the author's machine."""
     shown = {name: parameters[name] for name in _SHOWN if str(parameters.get(name)) not in ("None", "False", "")}
     if "pretrained" in shown:
         shown["pretrained"] = Path(shown["pretrained"]).name

@@ -37,6 +37,10 @@ class _Model(NamedTuple):
 def page(data: EvalSet, results: Sequence[ModelResult]) -> str:
     """A self-contained HTML page.
 
+    Example:
+        result = ModelResult.of(spec, evaluate(model.scorer, data, ...), seconds, ties="expected", bootstrap=1000)
+        Path("page.html").write_text(page(data, [result]), encoding="utf-8")
+
     Raises:
         ShardError: matplotlib is not installed.
         EvalDataError: an image of an example cannot be read again.
@@ -44,7 +48,6 @@ def page(data: EvalSet, results: Sequence[ModelResult]) -> str:
     names = short_names([result.spec for result in results])
     models = [_Model(name, colour(n), result) for n, (name, result) in enumerate(zip(names, results, strict=True))]
     lines = {way: _lines(models, way) for way in _TITLES}
-    rankings = set(chain.from_iterable(result.metrics for result in results))
     return render(
         "evaluation.html",
         TEMPLATES,
@@ -54,7 +57,6 @@ def page(data: EvalSet, results: Sequence[ModelResult]) -> str:
         columns=_COLUMNS,
         ties=TIES[results[0].ties],
         has_intervals=any(result.intervals for result in results),
-        has_scales=any("_scale" in ranking for ranking in rankings),
         best={
             (protocol, scales): _best(results, protocol, scales=scales)
             for protocol in ("metrics", "merged")
@@ -96,12 +98,11 @@ def _name_and_path(spec: str) -> tuple[str, list[str]]:
     return name, parts
 
 
-def _best(results: Sequence[ModelResult], protocol: str, *, scales: bool) -> dict[str, float | None]:
+def _best(results: Sequence[ModelResult], protocol: str, *, scales: bool) -> dict[str, float]:
     """The highest value of each recall in a table."""
     tables = (getattr(result, protocol).items() for result in results)
     rows = [metrics for ranking, metrics in chain.from_iterable(tables) if ("_scale" in ranking) == scales]
-    ranks = dict.fromkeys(f"{way}_{name}" for way in _TITLES for name in _COLUMNS)  # of which none is marked
-    return ranks | {name: max((metrics[name] for metrics in rows), default=None) for name in COLUMNS}
+    return {name: max(metrics[name] for metrics in rows) for name in COLUMNS} if rows else {}
 
 
 def _lines(models: Sequence[_Model], way: str) -> list[Line]:
