@@ -21,6 +21,10 @@ INSTALL_REQUIRES = [
     "fsspec>=2024.2",
     "pillow>=9.3",  # Image.Resampling and Image.Transpose enums (9.1); the first with wheels for Python 3.11
     "numpy>=1.24",
+    # Templates of pages and model cards; no extra, because torch requires it anyway. 3.1 has required blocks.
+    "jinja2>=3.1",
+    # Metadata of model cards. open_clip requires it without a bound; transformers 4.40 takes none below 0.19.3.
+    "huggingface_hub>=0.19.3",
     "tqdm>=4.60",
 ]
 
@@ -68,7 +72,12 @@ setup(
         "msa_openclip.model_configs": "model_configs",
         "msa_openclip.shards": "shards",
     },
-    package_data={"msa_openclip": ["py.typed"], "msa_openclip.model_configs": ["*.json"]},
+    package_data={
+        "msa_openclip": ["py.typed"],
+        "msa_openclip.model_configs": ["*.json"],
+        "msa_openclip.reports": ["templates/*"],
+        "msa_openclip.shards.pages": ["*.html", "*.css"],
+    },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     entry_points={

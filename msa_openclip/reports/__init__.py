@@ -1,1 +1,1 @@
-"""What people read of a run or an evaluation: tables, pages, cards, plots."""
+"""Reports of runs and evaluations: tables, HTML pages, model cards, plots."""

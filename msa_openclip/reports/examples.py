@@ -1,4 +1,4 @@
-"""Captions to look at: whose images a model finds last, and which it is surest of; with answers and reasons.
+"""Chooses captions to show: whose images a model finds last, and which it is surest of; with answers and reasons.
 
 Shapes: I images, C chosen captions.
 """
@@ -36,19 +36,20 @@ class Reason(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """A caption, its image, and what came first."""
+    """A caption, its image with its rank, and the images that came first."""
 
     caption: str
     image: CaptionedImage
     rank: float
-    found: tuple[CaptionedImage, ...]
+    answers: tuple[CaptionedImage, ...]
+    """The best images by the main ranking, best first."""
     reasons: tuple[Reason, ...]
     """Of its image and, where another came first, of that one; none without MSCMAT."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What to look at of one model, by its main ranking; no image has two captions in a list."""
+    """The chosen captions of one model, by its main ranking; no image has two captions in a list."""
 
     hardest: tuple[Example, ...]
     """The right image comes latest."""
@@ -56,49 +57,50 @@ class Examples:
     """The right image is first, by the widest margin."""
 
 
-def find_examples(model: LoadedModel, found: Evaluation) -> Examples:
+def find_examples(model: LoadedModel, evaluation: Evaluation) -> Examples:
     """Choose, answer and explain captions of an evaluation.
 
     Raises:
         EvalDataError: an image cannot be read.
     """
-    ranks = found.per_caption[model.scorer.main_ranking].text_to_image.ranks()
-    hardest = _one_per_image(found, ranks.argsort(descending=True).tolist())[:_HARDEST]
-    first = _one_per_image(found, (ranks == 1).nonzero().flatten().tolist())
+    ranks = evaluation.per_caption[model.scorer.main_ranking].text_to_image.ranks()
+    hardest = _one_per_image(evaluation, ranks.argsort(descending=True).tolist())[:_HARDEST]
+    first = _one_per_image(evaluation, (ranks == 1).nonzero().flatten().tolist())
     tried = first[:: max(1, len(first) // _TRIED)]
-    margin = _best(model, found, tried, 2)[0].diff().flatten() if tried and len(found.data.images) > 1 else Tensor()
-    surest = [tried[place] for place in margin.argsort().tolist()[:_SUREST]]  # margins are negative
-    return Examples(*(_examples(model, found, ranks, queries) for queries in (hardest, surest)))
+    comparable = tried and len(evaluation.data.images) > 1
+    margin = _best(model, evaluation, tried, 2)[0].diff().flatten() if comparable else Tensor()
+    surest = [tried[number] for number in margin.argsort().tolist()[:_SUREST]]  # margins are negative
+    return Examples(*(_examples(model, evaluation, ranks, queries) for queries in (hardest, surest)))
 
 
-def _one_per_image(found: Evaluation, queries: Sequence[int]) -> list[int]:
+def _one_per_image(evaluation: Evaluation, queries: Sequence[int]) -> list[int]:
     """The first of the queries of each image."""
     first: dict[int, int] = {}
     for query in queries:
-        first.setdefault(int(found.data.per_caption.pair_image[query]), query)
+        first.setdefault(int(evaluation.data.per_caption.pair_image[query]), query)
     return list(first.values())
 
 
-def _best(model: LoadedModel, found: Evaluation, queries: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+def _best(model: LoadedModel, evaluation: Evaluation, queries: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
     """Scores and numbers (C, count) of the best images of some queries."""
-    data, scorer = found.data, model.scorer
+    data, scorer = evaluation.data, model.scorer
     columns = data.per_caption.query_column[list(queries)].tolist()
     texts = scorer.texts(model.tokenizer([data.texts[column] for column in columns]))
     row = scorer.rankings.index(scorer.main_ranking)
     step = max(1, (64 << 20) // (len(columns) * scorer.bytes_per_pair(texts)))
     parts = []
     for rows in torch.arange(len(data.images)).split(step):  # type: ignore[no-untyped-call]
-        some = EncodedImages.of(tuple(x[rows.to(x.device)].to(scorer.device) for x in found.images.fields()))
+        some = EncodedImages.of(tuple(x[rows.to(x.device)].to(scorer.device) for x in evaluation.images.fields()))
         parts.append(scorer.scores(some, texts)[row].cpu())
     best = torch.cat(parts).T.topk(min(count, len(data.images)), dim=1)
     return best.values, best.indices
 
 
-def _examples(model: LoadedModel, found: Evaluation, ranks: Tensor, queries: Sequence[int]) -> tuple[Example, ...]:
+def _examples(model: LoadedModel, evaluation: Evaluation, ranks: Tensor, queries: Sequence[int]) -> tuple[Example, ...]:
     if not queries:
         return ()
-    data, truth = found.data, found.data.per_caption
-    answers = _best(model, found, queries, _ANSWERS)[1].tolist()
+    data, truth = evaluation.data, evaluation.data.per_caption
+    answers = _best(model, evaluation, queries, _ANSWERS)[1].tolist()
     chosen = []
     for query, numbers in zip(queries, answers, strict=True):
         caption, image = data.texts[int(truth.query_column[query])], data.images[int(truth.pair_image[query])]
@@ -110,5 +112,5 @@ def _examples(model: LoadedModel, found: Evaluation, ranks: Tensor, queries: Seq
 
 
 def _reason(model: LoadedModel, image: CaptionedImage, caption: str) -> Reason:
-    picture = load_image(image)
-    return Reason(image, view(model, picture), explain(model, picture, caption))
+    pixels = load_image(image)
+    return Reason(image, view(model, pixels), explain(model, pixels, caption))

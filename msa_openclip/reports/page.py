@@ -2,134 +2,134 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
-from html import escape
-from typing import Any
+from itertools import chain
+from pathlib import PurePath
+from typing import NamedTuple
+
+from PIL import Image
+from torch import Tensor
 
 from ..data.captioned import CaptionedImage
 from ..data.pixels import load_image
 from ..evaluation.eval_set import EvalSet
-from . import report
-from .examples import Example
-from .explanation_table import STYLE, THUMBNAIL_PX, explanation_table, jpeg
-from .report import ModelResult
+from ..explain.explanation import ScaleExplanation
+from ..explain.figure import spotlight
+from ..shards.pages.plots import Line, colour, line_plot
+from ..shards.pages.render import jpeg_url, render
+from .report import COLUMNS, CURVE_CUTOFFS, TEMPLATES, TIES, ModelResult, describe
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .7rem; text-align: right }
-th { border-bottom: 1px solid #888; font-weight: 600 } td:first-child, th:first-child,
-td:nth-child(2), th:nth-child(2) { text-align: left } .best { font-weight: 700 } .note { color: #666 }
-figure { display: inline-block; margin: .3rem; text-align: center } figcaption { font-size: 12px; color: #666 }
-.example { border-top: 1px solid #ddd; padding: .6rem 0 } .right img { outline: 3px solid #2a7 } img { max-width: 100% }
-"""
+_THUMBNAIL_PX = 160
+_TITLES = {"i2t": "image to text", "t2i": "text to image"}
+_COLUMNS = ("R@1", "R@5", "R@10", "median_rank", "mean_rank")
+"""Of each way."""
+_DASHES = {"global": "2 2", "match": "6 3"}
 
 
-class PlotError(ValueError):
-    """matplotlib is missing."""
+class _Model(NamedTuple):
+    """A model as the page shows it."""
+
+    name: str
+    colour: str
+    result: ModelResult
 
 
 def page(data: EvalSet, results: Sequence[ModelResult]) -> str:
     """A self-contained HTML page.
 
+    Example:
+        result = ModelResult.of(spec, evaluate(model.scorer, data, ...), seconds, ties="expected", bootstrap=1000)
+        Path("page.html").write_text(page(data, [result]), encoding="utf-8")
+
     Raises:
-        PlotError: matplotlib is not installed.
+        ShardError: matplotlib is not installed.
+        EvalDataError: an image of an example cannot be read again.
     """
-    parts = [
-        "<h1>Retrieval</h1>",
-        f"<p>{escape(report.describe(data))}. Ties count {results[0].ties}; recalls in percent.</p>",
-        _table(results, "metrics"),
-        "<h2>Identical captions as one query</h2>",
-        "<p class=note>Every image of a caption that occurs more than once is a right answer.</p>",
-        _table(results, "merged"),
-        "<h2>Recall by cutoff</h2>",
-        _picture(_curves(results), "recall curves"),
+    names = short_names([result.spec for result in results])
+    models = [_Model(name, colour(n), result) for n, (name, result) in enumerate(zip(names, results, strict=True))]
+    lines = {way: _lines(models, way) for way in _TITLES}
+    return render(
+        "evaluation.html",
+        TEMPLATES,
+        title="Retrieval",
+        description=describe(data),
+        models=models,
+        columns=_COLUMNS,
+        ties=TIES[results[0].ties],
+        has_intervals=any(result.intervals for result in results),
+        best={
+            (protocol, scales): _best(results, protocol, scales=scales)
+            for protocol in ("metrics", "merged")
+            for scales in (False, True)
+        },
+        lines=lines["i2t"],
+        plots=[(_TITLES[way], _plot(lines[way])) for way in lines],
+        classes=sorted(set(chain.from_iterable(result.by_class for result in results))),
+        image_url=_image_url,
+        spotlight_url=_spotlight_url,
+        parts_of=_parts,
+    )
+
+
+def short_names(specs: Sequence[str]) -> list[str]:
+    """The shortest names that tell models apart: NAME, and as much of the end of each path as that takes.
+
+    `epoch_9.pt` of a run counts as one with the run's name: `MSA-ViT-B seed0/epoch_9`.
+    """
+    split = [_name_and_path(spec) for spec in specs]
+    names = [name for name, _ in split]
+    for count in range(1, 1 + max(len(path) for _, path in split)):
+        if len(set(names)) == len(set(specs)):
+            break
+        names = [" ".join([name, "/".join(path[-count:])]).strip() for name, path in split]
+    return names
+
+
+def _name_and_path(spec: str) -> tuple[str, list[str]]:
+    """NAME and the parts of the path of `NAME=CHECKPOINT`; of a folder or repository its last part and those before."""
+    name, _, checkpoint = spec.partition("=")
+    if name.startswith(("hf-hub:", "local-dir:")):
+        path = PurePath(spec.partition(":")[2])
+        return path.name, list(path.parent.parts)
+    path = PurePath(checkpoint)
+    parts = [*path.parent.parts, path.stem if path.suffix == ".pt" else path.name]
+    if len(parts) > 2 and parts[-2] == "checkpoints":  # LOGS/NAME/checkpoints/epoch_9 of open_clip_train.main
+        parts[-3:] = [f"{parts[-3]}/{parts[-1]}"]
+    return name, parts
+
+
+def _best(results: Sequence[ModelResult], protocol: str, *, scales: bool) -> dict[str, float]:
+    """The highest value of each recall in a table."""
+    tables = (getattr(result, protocol).items() for result in results)
+    rows = [metrics for ranking, metrics in chain.from_iterable(tables) if ("_scale" in ranking) == scales]
+    return {name: max(metrics[name] for metrics in rows) for name in COLUMNS} if rows else {}
+
+
+def _lines(models: Sequence[_Model], way: str) -> list[Line]:
+    return [
+        Line(f"{model.name}, {ranking}", model.colour, CURVE_CUTOFFS, curves[way], _DASHES.get(ranking, ""))
+        for model in models
+        for ranking, curves in model.result.curves.items()
     ]
-    if any(result.by_class for result in results):
-        parts += ["<h2>Mean recall by class</h2>", _picture(_classes(results), "mean recall by class")]
-    for result in results:
-        if result.examples is not None:
-            for name, found in (("Surest", result.examples.surest), ("Hardest", result.examples.hardest)):
-                parts.append(f"<h2>{name} captions for {escape(result.spec)} ({result.main_ranking})</h2>")
-                parts += [_example(item) for item in found]
-    head = f"<meta charset=utf-8><title>Retrieval</title><style>{_STYLE}{STYLE}</style>"
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
 
 
-def _table(results: Sequence[ModelResult], protocol: str) -> str:
-    rows = [(result, ranking, metrics) for result in results for ranking, metrics in getattr(result, protocol).items()]
-    names = (*report.COLUMNS, "i2t_median_rank", "i2t_mean_rank", "t2i_median_rank", "t2i_mean_rank")
-    best = {name: max(metrics[name] for _, _, metrics in rows) for name in report.COLUMNS}
-    head = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in ("model", "ranking", *names))
-    body = []
-    for result, ranking, metrics in rows:
-        cells = [f"<td>{escape(result.spec)}</td><td>{ranking.replace('_', ' ')}</td>"]
-        for name in names:
-            interval = result.intervals.get(ranking, {}).get(name) if protocol == "metrics" else None
-            title = f" title='95 %: {interval[0]:.2f} to {interval[1]:.2f}'" if interval else ""
-            mark = " class=best" if metrics[name] == best.get(name) else ""
-            cells.append(f"<td{mark}{title}>{metrics[name]:.2f}</td>")
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<table><tr>{head}</tr>{''.join(body)}</table>"
+def _plot(lines: Sequence[Line]) -> str:
+    ticks = {"xticks": CURVE_CUTOFFS, "xticklabels": list(map(str, CURVE_CUTOFFS))}
+    return line_plot(lines, xscale="log", **ticks, ylim=(0, 102), xlabel="k", ylabel="recall at k, %")
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PlotError("plots need matplotlib: pip install 'msa_openclip[plot]'.") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+def _image_url(record: CaptionedImage) -> str:
+    return jpeg_url(load_image(record), _THUMBNAIL_PX)
 
 
-def _curves(results: Sequence[ModelResult]) -> Any:
-    figure, axes = _figure(11, 4, columns=2)
-    for axis, way, title in zip(axes, ("i2t", "t2i"), ("image to text", "text to image"), strict=True):
-        for result in results:
-            for ranking, curves in result.curves.items():
-                axis.plot(report.CURVE_CUTOFFS, curves[way], marker=".", label=f"{result.spec[-40:]}, {ranking}")
-        axis.set(title=title, xlabel="k", ylabel="recall at k, %", xscale="log", ylim=(0, 102))
-        axis.set_xticks(report.CURVE_CUTOFFS, [str(k) for k in report.CURVE_CUTOFFS])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    return figure
+def _spotlight_url(view: Image.Image, positions: Tensor) -> str:
+    return jpeg_url(spotlight(view, positions), _THUMBNAIL_PX)
 
 
-def _classes(results: Sequence[ModelResult]) -> Any:
-    names = sorted({name for result in results for name in result.by_class})
-    figure, axes = _figure(9, 1.2 + 0.16 * len(names) * (1 + len(results)))
-    height = 0.8 / len(results)
-    for number, result in enumerate(results):
-        values = [result.by_class.get(name, {}).get("mR", 0.0) for name in names]
-        places = [index + number * height for index in range(len(names))]
-        axes[0].barh(places, values, height=height, label=f"{result.spec[-40:]}, {result.main_ranking}")
-    axes[0].set_yticks([index + 0.4 - height / 2 for index in range(len(names))], names)
-    axes[0].invert_yaxis()
-    axes[0].set(xlabel="mR of the queries of the class, %", xlim=(0, 100))
-    axes[0].legend(fontsize=8)
-    return figure
-
-
-def _picture(figure: Any, alt: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    return f"<img alt='{alt}' src='data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
-
-
-def _example(item: Example) -> str:
-    shown = [_thumbnail(item.image, f"its image, rank {item.rank:g}", right=True)]
-    shown += [
-        _thumbnail(image, f"{place}. {image.image_id}", right=image is item.image)
-        for place, image in enumerate(item.found, start=1)
-    ]
-    reasons = (explanation_table(reason) for reason in item.reasons)
-    return f"<div class=example><p>{escape(item.caption)}</p>{''.join(shown)}{''.join(reasons)}</div>"
-
-
-def _thumbnail(image: CaptionedImage, text: str, *, right: bool) -> str:
-    picture = load_image(image)
-    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    mark = " class=right" if right else ""
-    return f"<figure{mark}>{jpeg(picture, image.image_id)}<figcaption>{escape(text)}</figcaption></figure>"
+def _parts(scales: Sequence[ScaleExplanation]) -> list[tuple[str, list[tuple[float, float]]]]:
+    """The rows of an explanation: a text and, for each scale, its part of the score and that over the largest."""
+    texts = [*(word.text for word in scales[0].words), "the sentence", "the image"]
+    columns = [[*(word.contribution for word in scale.words), scale.sentence, scale.image] for scale in scales]
+    largest = max(map(abs, chain.from_iterable(columns))) or 1.0
+    rows = zip(*columns, strict=True)
+    return [(text, [(part, abs(part) / largest) for part in row]) for text, row in zip(texts, rows, strict=True)]

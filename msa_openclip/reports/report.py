@@ -1,4 +1,4 @@
-"""What an evaluation comes down to: results of a model, as text and as plain data."""
+"""The results of evaluated models: collected, printed as a table, and as plain data for JSON."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from ..evaluation.scorer import main_ranking
 from .examples import Examples
 
 COLUMNS = ("i2t_R@1", "i2t_R@5", "i2t_R@10", "t2i_R@1", "t2i_R@5", "t2i_R@10", "mR")
+TEMPLATES = Path(__file__).parent / "templates"
+TIES = {"expected": "in expectation over their orders", "pessimistic": "against the model"}
+"""How equal scores count, in words."""
 CURVE_CUTOFFS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50)
 
 
@@ -43,30 +46,30 @@ class ModelResult:
 
     @property
     def main_ranking(self) -> str:
-        """The one that speaks for the model."""
+        """The ranking by which the model is judged: fused where there is one."""
         return main_ranking(self.metrics)
 
     @classmethod
-    def of(cls, spec: str, found: Evaluation, seconds: float, *, ties: Ties, bootstrap: int) -> ModelResult:
+    def of(cls, spec: str, evaluation: Evaluation, seconds: float, *, ties: Ties, bootstrap: int) -> ModelResult:
         """Sum up an evaluation; `bootstrap` is the number of samples, 0 for no intervals."""
-        shown = [name for name in found.per_caption if "_scale" not in name]
+        shown = [name for name in evaluation.per_caption if "_scale" not in name]
         main = main_ranking(shown)
-        names, classes = found.data.classes
-        by_class = found.per_caption[main].by_class(classes, ties) if names else {}
+        names, classes = evaluation.data.classes
+        by_class = evaluation.per_caption[main].by_class(classes, ties) if names else {}
         return cls(
             spec,
             seconds,
             ties,
-            found.summaries(ties),
-            found.summaries(ties, merged=True),
-            {name: found.per_caption[name].bootstrap(ties, bootstrap) for name in shown} if bootstrap else {},
+            evaluation.summaries(ties),
+            evaluation.summaries(ties, merged=True),
+            {name: evaluation.per_caption[name].bootstrap(ties, bootstrap) for name in shown} if bootstrap else {},
             {names[label]: metrics for label, metrics in by_class.items() if label >= 0},
-            {name: _curves(found, name, ties) for name in shown},
+            {name: _curves(evaluation, name, ties) for name in shown},
         )
 
 
-def _curves(found: Evaluation, ranking: str, ties: Ties) -> dict[str, list[float]]:
-    summary = found.per_caption[ranking].summary(ties, CURVE_CUTOFFS)
+def _curves(evaluation: Evaluation, ranking: str, ties: Ties) -> dict[str, list[float]]:
+    summary = evaluation.per_caption[ranking].summary(ties, CURVE_CUTOFFS)
     return {way: [summary[f"{way}_R@{k}"] for k in CURVE_CUTOFFS] for way in ("i2t", "t2i")}
 
 

@@ -1,4 +1,4 @@
-"""A picture of a training run: its loss terms and validation recalls by epoch."""
+"""Plots a training run: its loss terms and validation recalls by epoch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,11 @@ def _sorted(curves: Curves) -> Curves:
 
 
 def plot_run(run: Path, path: Path) -> None:
-    """Draw `read_curves` of a run to a file."""
+    """Draw `read_curves` of a run to a file.
+
+    Example:
+        plot_run(Path("logs/NAME"), Path("training.png"))
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The best epoch of a run by validation, and several seeds as mean and standard deviation.
+"""Finds the best epoch of a run by validation, and sums up several seeds as mean and standard deviation.
 
 The released code of several papers picks the epoch on the test set (METHOD section 3).  Here the epoch is chosen by
 what `open_clip_train.main --val-data` wrote to results.jsonl, and only that one checkpoint sees the test set.
@@ -36,6 +36,9 @@ class BestEpoch:
 
 def best_epoch(run: str, metric: str = METRIC) -> BestEpoch:
     """The epoch of a run with the highest `metric`, the earliest of equals.
+
+    Example:
+        model = load(best_epoch("logs/NAME").spec)
 
     Args:
         run: folder that open_clip_train.main made, LOGS/NAME.

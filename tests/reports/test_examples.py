@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from helpers.pages import assert_stands_alone
 from helpers.retrieval_data import Oracle, Tokenizer, preprocess, randomise, write_captioned_scenes
 from PIL import Image
 
@@ -21,7 +24,8 @@ from msa_openclip.evaluation.scorer import Scorer
 from msa_openclip.explain.explanation import explain
 from msa_openclip.explain.figure import spotlight, view
 from msa_openclip.reports.examples import Examples, find_examples
-from msa_openclip.reports.explanation_table import explanation_table
+from msa_openclip.reports.page import page, short_names
+from msa_openclip.reports.report import ModelResult
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +45,18 @@ def model(tiny_configs: Path, tmp_path_factory: pytest.TempPathFactory) -> Loade
 
 
 @pytest.fixture(scope="module")
-def found(model: LoadedModel, data: EvalSet) -> Evaluation:
+def evaluation(model: LoadedModel, data: EvalSet) -> Evaluation:
     return evaluate(model.scorer, data, model.preprocess, model.tokenizer)
 
 
 @pytest.fixture(scope="module")
-def examples(model: LoadedModel, found: Evaluation) -> Examples:
-    return find_examples(model, found)
+def examples(model: LoadedModel, evaluation: Evaluation) -> Examples:
+    return find_examples(model, evaluation)
+
+
+@pytest.fixture(scope="module")
+def result(model: LoadedModel, evaluation: Evaluation) -> ModelResult:
+    return ModelResult.of(model.spec, evaluation, 1.0, ties="expected", bootstrap=10)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +76,7 @@ def test_hardest_have_the_latest_right_images(examples: Examples, data: EvalSet,
     for example in examples.hardest:
         assert example.rank == worst[example.image.image_id]
         column = fused[:, data.texts.index(example.caption)]
-        assert [image.image_id for image in example.found] == [
+        assert [image.image_id for image in example.answers] == [
             data.images[number].image_id for number in column.argsort(descending=True)[:4]
         ]
 
@@ -83,12 +92,12 @@ def test_surest_win_by_the_widest_margins(examples: Examples, data: EvalSet, fus
     chosen = [example.image.image_id for example in examples.surest]
     firsts = {name: values[0] for name, values in margins.items()}  # one caption an image is tried, its first
     assert chosen == sorted(firsts, key=firsts.get, reverse=True)[:4]
-    assert all(example.rank == 1 and example.found[0] is example.image for example in examples.surest)
+    assert all(example.rank == 1 and example.answers[0] is example.image for example in examples.surest)
 
 
 def test_reasons_are_of_the_right_image_and_of_the_one_before_it(model: LoadedModel, examples: Examples) -> None:
     for example in (*examples.hardest, *examples.surest):
-        shown = [example.image] if example.rank == 1 else [example.image, example.found[0]]
+        shown = [example.image] if example.rank == 1 else [example.image, example.answers[0]]
         assert [reason.image for reason in example.reasons] == shown
         for reason in example.reasons:
             again = explain(model, load_image(reason.image), example.caption)
@@ -97,35 +106,42 @@ def test_reasons_are_of_the_right_image_and_of_the_one_before_it(model: LoadedMo
 
 def test_other_models_have_examples_without_reasons(data: EvalSet) -> None:
     oracle = LoadedModel("oracle", Scorer(Oracle()), preprocess, Tokenizer())
-    found = find_examples(oracle, evaluate(oracle.scorer, data, preprocess, oracle.tokenizer))
-    assert len(found.surest) == 4
-    assert found.hardest[0].rank == (1 + 17) / 2  # the caption that two scenes share names none
-    assert not any(example.reasons for example in (*found.hardest, *found.surest))
+    examples = find_examples(oracle, evaluate(oracle.scorer, data, preprocess, oracle.tokenizer))
+    assert len(examples.surest) == 4
+    assert examples.hardest[0].rank == (1 + 17) / 2  # the caption that two scenes share names none
+    assert not any(example.reasons for example in (*examples.hardest, *examples.surest))
 
 
 class Cells(HTMLParser):
-    """The texts of a table's cells, by row."""
+    """The texts of the cells of the explanations of a page, by row."""
 
-    def __init__(self) -> None:
+    def __init__(self, html: str) -> None:
         super().__init__()
         self.rows: list[list[str]] = []
+        self.inside = self.in_cell = False
+        self.feed(html)
 
-    def handle_starttag(self, tag: str, attributes: object) -> None:
-        if tag == "tr":
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.inside = self.inside or ("class", "parts") in attributes
+        if self.inside and tag == "tr":
             self.rows.append([])
-        if tag in ("td", "th"):
+        self.in_cell = self.inside and tag in ("td", "th", "img")
+        if self.in_cell and tag != "img":
             self.rows[-1].append("")
 
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag != "table"
+        self.in_cell = False
+
     def handle_data(self, data: str) -> None:
-        if self.rows:
+        if self.in_cell:
             self.rows[-1][-1] += data
 
 
-def test_the_table_adds_up_in_every_column(model: LoadedModel, examples: Examples) -> None:
+def test_the_table_adds_up_in_every_column(data: EvalSet, result: ModelResult, examples: Examples) -> None:
     reason = examples.hardest[0].reasons[0]
-    table = Cells()
-    table.feed(explanation_table(reason))
-    head, *parts, score = table.rows
+    example = replace(examples.hardest[0], reasons=(reason,))
+    head, *parts, score = Cells(page(data, [replace(result, examples=Examples((example,), ()))])).rows
     scales = reason.explanation.scales
     assert head[1:] == [f"stage {scale.scale.stage}, {scale.scale.pool}" for scale in scales]
     assert [row[0] for row in parts] == [*(word.text for word in scales[0].words), "the sentence", "the image"]
@@ -136,12 +152,49 @@ def test_the_table_adds_up_in_every_column(model: LoadedModel, examples: Example
         assert shown[0] == pytest.approx(scale.words[0].contribution, abs=0.0005)
 
 
-def test_words_cannot_break_the_page(model: LoadedModel, examples: Examples) -> None:
-    reason = examples.hardest[0].reasons[0]
-    evil = explain(model, load_image(reason.image), "<script>alert(1)</script> & trees")
-    html = explanation_table(reason._replace(explanation=evil))
-    assert "<script" not in html
-    assert "&lt;" in html
+def test_no_name_or_caption_can_break_the_page(
+    model: LoadedModel, data: EvalSet, result: ModelResult, examples: Examples
+) -> None:
+    evil = "<script src='https://example.org'>$\\frac{</script> & trees"
+    example = examples.hardest[0]
+    reason = example.reasons[0]
+    explanation = explain(model, load_image(reason.image), evil)
+    image = replace(reason.image, image_id=evil)
+    example = replace(
+        example, caption=evil, image=image, reasons=(reason._replace(image=image, explanation=explanation),)
+    )
+    names = dict.fromkeys((evil, "$x$"), result.metrics["fused"])
+    hostile = replace(result, spec=f"{evil}={evil}", by_class=names, examples=Examples((example,), (example,)))
+    html = page(EvalSet(data.images, evil), [hostile, hostile])
+    assert_stands_alone(html)
+    assert html.count("&lt;script") > 10
+    assert html.count("$x$") == 1
+
+
+def test_scales_are_folded_away_and_wide_tables_scroll(data: EvalSet, result: ModelResult) -> None:
+    html = page(data, [result])
+    shown = re.sub(r"<details>.*?</details>", "", html, flags=re.DOTALL)
+    assert "match scale1" in html
+    assert "match scale1" not in shown
+    assert html.count("<table") == html.count('<div class="scroll"><table') == 4
+    assert '<meta name="viewport"' in html
+
+
+@pytest.mark.parametrize(
+    ("specs", "names"),
+    [
+        (["MSA-ViT-B=logs/a/checkpoints/epoch_9.pt"], ["MSA-ViT-B"]),
+        (["MSA-ViT-B=w.pt", "ViT-B-32=openai"], ["MSA-ViT-B", "ViT-B-32"]),
+        (["A=x/logs/a/checkpoints/epoch_9.pt", "A=x/logs/b/checkpoints/epoch_9.pt"], ["A a/epoch_9", "A b/epoch_9"]),
+        (["A=x/a/checkpoints/epoch_9.pt", "A=y/a/checkpoints/epoch_9.pt"], ["A x/a/epoch_9", "A y/a/epoch_9"]),
+        (["A=/w/epoch_9.pt", "A=untrained", "B=1.5.bin"], ["A epoch_9", "A untrained", "B 1.5.bin"]),
+        (["hf-hub:me/planes", "local-dir:/x/planes", "local-dir:/x/boats"], ["planes me", "planes x", "boats x"]),
+        (["A=a.pt", "A=a.pt"], ["A", "A"]),
+        (["A=a.pt", "A=a.bin"], ["A a", "A a.bin"]),
+    ],
+)
+def test_short_names_tell_models_apart(specs: list[str], names: list[str]) -> None:
+    assert short_names(specs) == names
 
 
 def test_the_spotlight_is_where_the_scale_looked() -> None:

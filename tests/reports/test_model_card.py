@@ -50,9 +50,9 @@ def folder(tiny_configs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return root
 
 
-def text(folder: Path, report: str = "one.json", run: str = "a") -> str:
-    facts = gather(str(folder / run), str(folder / report), METRIC)
-    return card(facts, title="Planes", repository="me/planes", license=None)
+def text(folder: Path, report: str = "one.json", run: str = "a", title: str = "Planes") -> str:
+    tested = gather(str(folder / run), str(folder / report), METRIC)
+    return card(tested, title=title, repository="me/planes", license=None)
 
 
 def test_the_card_says_what_was_trained_chosen_and_tested(folder: Path) -> None:
@@ -89,20 +89,30 @@ def test_what_only_the_author_knows_is_left_open_and_named(folder: Path, capsys:
     given = ["card", str(folder / "a"), "--eval", str(folder / "one.json"), "--repo", "me/planes"]
     assert cli.main(given) == 0
     out, err = capsys.readouterr()
-    assert out == text(folder).replace("# Planes", "# planes")
-    assert out.count(OPEN) == 3
-    assert err.startswith("3 places are left to you:\nData: TO FILL IN")
+    assert out == text(folder, title="planes")
+    assert out.count(OPEN) == 4
+    assert err.startswith("4 places are left to you:\nname: TO FILL IN (the test set)\nData: TO FILL IN")
     assert cli.main([*given, "--license", "mit"]) == 0
     out, err = capsys.readouterr()
-    assert out.count(OPEN) == 2
+    assert out.count(OPEN) == 3
     assert ModelCard(out).data.license == "mit"
 
 
-def test_the_hub_reads_its_head(folder: Path) -> None:
-    data = ModelCard(text(folder)).data
+def test_the_hub_reads_its_metadata(folder: Path) -> None:
+    data = ModelCard(text(folder, title="Planes: a --- test")).data
+    assert data.model_name == "Planes: a --- test"
     assert data.library_name == "open_clip"
     assert data.pipeline_tag == "zero-shot-image-classification"
     assert "remote-sensing" in data.tags
+    measured = json.loads((folder / "one.json").read_text())["models"][0]["metrics"]["fused"]
+    results = {result.metric_name: result for result in data.eval_results}
+    assert len(results) == 7
+    assert results["t2i R@5 (fused, %)"].metric_value == round(measured["t2i_R@5"], 2)
+    assert results["t2i R@5 (fused, %)"].metric_type == "recall_at_5"
+    assert results["mR (fused, %)"].metric_value == round(measured["mR"], 2)
+    assert {(result.task_type, result.dataset_split) for result in results.values()} == {
+        ("image-text-retrieval", "test")
+    }
 
 
 def test_a_folder_for_the_hub_is_the_model_that_was_tested(folder: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.pages import assert_stands_alone
 from helpers.shards_data import karpathy, real_data
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from PIL import Image
 from msa_openclip.shards import BuildOptions, ReadOptions, ShardError, build
 from msa_openclip.shards.checks.duplicates import equal_groups, near_groups
 from msa_openclip.shards.checks.report import report, text
+from msa_openclip.shards.checks.report_page import page
 from msa_openclip.shards.command_line import main
 
 
@@ -132,19 +134,23 @@ def test_page_stands_alone_and_escapes_captions(tmp_path: Path, capsys: pytest.C
     pytest.importorskip("matplotlib", reason="matplotlib (extra plot) is not installed")
     source = karpathy(tmp_path / "in", {"train": 9}, captions=2)
     source.write_text(source.read_text().replace("picture 4 says", "<script>alert(4)</script>"))
-    out = str(tmp_path / "out")
+    content = json.loads(source.read_text())
+    content["images"][2]["class"] = r"<b>$\frac{"  # matplotlib would read a formula, and fail
+    source.write_text(json.dumps(content))
+    out = str(tmp_path / "$x$<i>")
     assert main(["build", str(source), out, "--images", str(tmp_path / "in/images"), "--quiet", "--report",
                  "--workers", "1"]) == 0  # fmt: skip
-    page = (tmp_path / "out/report.html").read_text()
-    assert "<script" not in page
-    assert "&lt;script&gt;alert(4)&lt;/script&gt;" in page
-    assert not re.search(r"(?:src|href)=['\"](?!data:)", page)
-    assert page.count("<figure>") == 9
-    assert json.loads((tmp_path / "out/report.json").read_text())["splits"]["train"]["images"] == 9
+    html = Path(out, "report.html").read_text()
+    assert not re.search(r"<(b>\$|i>)", html)
+    assert r"<td>&lt;b&gt;$\frac{</td>" in html
+    assert "&lt;script&gt;alert(4)&lt;/script&gt;" in html
+    assert_stands_alone(html)
+    assert html.count("data:image/jpeg") == 9
+    assert json.loads(Path(out, "report.json").read_text())["splits"]["train"]["images"] == 9
     capsys.readouterr()
     assert main(["info", out, "--quiet", "--json", str(tmp_path / "again.json")]) == 0
     assert "train: 9 samples, 9 images, 18 captions" in capsys.readouterr().out
-    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "out/report.json").read_bytes()
+    assert (tmp_path / "again.json").read_bytes() == Path(out, "report.json").read_bytes()
 
 
 def test_real_ucm_shows_its_known_duplicates(tmp_path: Path) -> None:
@@ -154,3 +160,12 @@ def test_real_ucm_shows_its_known_duplicates(tmp_path: Path) -> None:
     assert content["splits"]["test"]["unique_captions"] == 377
     assert content["same_images"]["groups"] == [["train/102", "train/103"]]
     assert sum(row["images"] - row["sizes"]["256x256"] for row in content["splits"].values()) == 44
+
+
+def test_page_shows_captions_of_images_that_pillow_cannot_read(shards: str) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib (extra plot) is not installed")
+    made = report([shards])
+    html = page(made._replace(shown=[seen._replace(image=b"no image") for seen in made.shown]))
+    assert "data:image/jpeg" not in html
+    assert html.count("(no image that Pillow reads)") == 7
+    assert "word word" in html
