@@ -1,15 +1,15 @@
-"""Runs a command to its exit code: one line for a refusal, orderly interrupts, and no complaint about a closed pipe."""
+"""Runs a command to its exit code: one line for a refusal, orderly interrupts."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from .output import until_unread
 from .records import ShardError
 
 
@@ -32,13 +32,7 @@ def run_command(
         arguments: default: those of the process.
         refusals: exceptions that are the user's to mend; all others are bugs and keep their traceback.
     """
-    try:
-        code = _parse_and_run(parser, arguments, refusals)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-        return 128 + signal.SIGPIPE
+    return until_unread(lambda: _parse_and_run(parser, arguments, refusals))
 
 
 def _parse_and_run(
@@ -54,7 +48,7 @@ def _parse_and_run(
         with _terminable():
             return int(run(parsed) or 0)
     except BrokenPipeError:
-        raise
+        raise  # of the output, for `until_unread`
     except UsageError as error:
         print(f"{command.format_usage()}{command.prog}: error: {error}", file=sys.stderr)
         return 2
