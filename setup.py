@@ -34,6 +34,7 @@ EXTRAS = {
     "demo": ["gradio>=5", "matplotlib>=3.7"],  # the search page
     "report": ["imagehash>=4.3", "matplotlib>=3.7"],  # perceptual duplicates in `shards info`
     "geo": ["rasterio>=1.3"],  # GeoTIFF: bands, stretch, tiles, coordinates
+    "stac": ["pystac>=1.8", "rasterio>=1.3"],  # scenes of STAC catalogues
     "parquet": ["pyarrow>=14"],
     "hf": ["datasets>=2.18"],  # Hugging Face data sets on disk as captions
     "s3": ["s3fs>=2024.2"],

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..shards.imagery import geotiff
 from ..shards.imagery import prepare as shard_images
 from ..shards.options import ImageOptions
 from .captioned import CaptionedImage, EvalDataError
@@ -20,12 +21,14 @@ Preprocess = Callable[[Image.Image], Tensor]
 
 
 def load_image(image: CaptionedImage) -> Image.Image:
-    """Decode an image as shards would hold it: RGB, upright, 8 bit; from TIFF and others, too.
+    """Decode an image as shards would hold it: RGB, upright, 8 bit; from TIFF, and windows of scenes, too.
 
     Raises:
         EvalDataError: it cannot be read or decoded.
     """
     try:
+        if image.location.window:
+            return geotiff.read_pixels(image.location, ImageOptions(geo=True))[0].convert("RGB")
         ready = shard_images.prepare(read_location(image.location), ImageOptions())
         return Image.open(io.BytesIO(ready.data)).convert("RGB")
     except Exception as error:  # Pillow raises nearly everything for one broken file or another

@@ -36,7 +36,7 @@ def tiled(records: Iterable[Record | Rejection], options: ImageOptions) -> Itera
             yield record
             continue
         try:
-            with _open(record.image.url) as scene:
+            with open_scene(record.image.url) as scene:
                 width, height = scene.width, scene.height
         except ImageProblem as problem:
             yield Rejection(record.source, "unreadable image", str(problem))
@@ -53,14 +53,20 @@ def tiled(records: Iterable[Record | Rejection], options: ImageOptions) -> Itera
 
 
 def prepare(place: Location, options: ImageOptions) -> tuple[EncodedImage, dict[str, Any]]:
-    """Read a scene or a tile of it as 8-bit bands; returns the encoded image and its geo fields.
+    """A scene or a tile of it, encoded for a shard, and its geo fields; raises what `read_pixels` raises."""
+    image, geo = read_pixels(place, options)
+    return encode(image, "TIFF", options), geo
+
+
+def read_pixels(place: Location, options: ImageOptions) -> tuple[Image.Image, dict[str, Any]]:
+    """Read a scene or a tile of it as 8-bit bands; returns the image and its geo fields.
 
     Raises:
         ImageProblem: unreadable, nothing but nodata, an absent band, or more than `max_pixels`.
     """
     from rasterio.windows import Window
 
-    with _open(place.url) as scene:
+    with open_scene(place.url) as scene:
         left, top, width, height = place.window or (0, 0, scene.width, scene.height)
         if width * height > options.max_pixels:
             raise ImageProblem(f"{width} x {height} pixels exceed max_pixels {options.max_pixels}; cut it: --tile-px")
@@ -77,13 +83,17 @@ def prepare(place: Location, options: ImageOptions) -> tuple[EncodedImage, dict[
             values = _stretched(values, _limits(place.url, bands, options.percentiles))
         values = np.where(valid, values, 0).astype(np.uint8)
         pixels = values[0] if len(bands) == 1 else np.moveaxis(values, 0, -1)
-        geo = _geo(scene, window, bands)
-    if place.window:
-        geo |= {"scene": store.base_name(place.url), "window": list(place.window)}
-    return encode(Image.fromarray(np.ascontiguousarray(pixels)), "TIFF", options), geo
+        geo = geo_fields(scene, place.window, bands)
+    return Image.fromarray(np.ascontiguousarray(pixels)), geo
 
 
-def _open(url: str) -> Any:
+def open_scene(url: str) -> Any:
+    """A raster opened through rasterio, local or by any fsspec URL.
+
+    Raises:
+        ImageProblem: rasterio cannot open it.
+        ShardError: rasterio is not installed.
+    """
     try:
         import rasterio
     except ImportError as error:
@@ -125,7 +135,7 @@ def _bands(scene: Any, asked: tuple[str, ...]) -> list[int]:
 
 @lru_cache(maxsize=64)
 def _limits_of(url: str, bands: tuple[int, ...], low: float, high: float) -> NDArray[np.float64]:
-    with _open(url) as scene:
+    with open_scene(url) as scene:
         shape = (len(bands), min(scene.height, _SAMPLED_PX), min(scene.width, _SAMPLED_PX))
         values = scene.read(bands, out_shape=shape, masked=True)
     return np.array([np.percentile(band.compressed(), (low, high)) if band.count() else (0, 1) for band in values])
@@ -142,15 +152,21 @@ def _stretched(values: NDArray[Any], limits: NDArray[np.float64]) -> NDArray[np.
     return np.asarray(np.nan_to_num(np.clip(scaled, 0, 1) * 255).round())
 
 
-def _geo(scene: Any, window: Any, bands: list[int]) -> dict[str, Any]:
-    geo: dict[str, Any] = {"bands": bands}
+def geo_fields(
+    scene: Any, window: tuple[int, int, int, int] | None = None, bands: list[int] | None = None
+) -> dict[str, Any]:
+    """What is known of a scene or a window of it: bands, CRS, bounds in that CRS, ground sample distance in metres."""
+    left, top, width, height = window or (0, 0, scene.width, scene.height)
+    geo: dict[str, Any] = {"bands": bands} if bands else {}
     if scene.crs:
         at = scene.transform
-        corners = [(window.col_off + x, window.row_off + y) for x in (0, window.width) for y in (0, window.height)]
+        corners = [(left + x, top + y) for x in (0, width) for y in (0, height)]
         easts = [at.a * column + at.b * row + at.c for column, row in corners]
         norths = [at.d * column + at.e * row + at.f for column, row in corners]
         geo |= {"crs": scene.crs.to_string(), "bounds": [min(easts), min(norths), max(easts), max(norths)]}
         geo["gsd_m"] = round(_gsd_m(scene, sum(norths) / 4), 4)
+    if window:
+        geo |= {"scene": store.base_name(scene.name), "window": list(window)}
     return geo
 
 

@@ -1,0 +1,240 @@
+"""Scenes cut into tiles on the fly, and STAC catalogues of them."""
+
+from __future__ import annotations
+
+import datetime
+import http.server
+import itertools
+import json
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from msa_openclip.data.captioned import EvalDataError
+from msa_openclip.data.footprints import footprint
+from msa_openclip.data.pixels import load_image
+from msa_openclip.data.scenes import Tiling, read_scenes
+from msa_openclip.data.stac import read_stac
+
+rasterio = pytest.importorskip("rasterio", reason="rasterio (extra geo) is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+
+
+def write_scene(path: Path, values: np.ndarray, **profile: Any) -> Path:
+    """A raster (bands, rows, columns) in UTM zone 33 with pixels of 2 m, unless asked otherwise."""
+    profile = {"crs": "EPSG:32633", "transform": rasterio.Affine(2, 0, 400000, 0, -2, 5800000)} | profile
+    tags = profile.pop("tags", {})
+    bands, height, width = values.shape
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = {"width": width, "height": height, "count": bands, "dtype": values.dtype}
+    with rasterio.open(path, "w", driver="GTiff", **size, **profile) as out:
+        out.write(values)
+        out.update_tags(**tags)
+    return path
+
+
+def noise(height: int = 70, width: int = 100) -> np.ndarray:
+    return np.random.default_rng(0).integers(1, 255, (3, height, width), dtype=np.uint8)
+
+
+@given(st.integers(1, 50), st.integers(0, 49), st.integers(1, 200), st.integers(1, 200))
+def test_windows_cover_the_scene_and_overlap_as_asked(tile: int, overlap: int, width: int, height: int) -> None:
+    overlap = min(overlap, tile - 1)
+    windows = Tiling(tile_px=tile, overlap_px=overlap).windows(width, height)
+    covered = np.zeros((height, width), dtype=bool)
+    for left, top, w, h in windows:
+        assert (w, h) == (min(tile, width), min(tile, height))
+        assert 0 <= left <= width - w
+        assert 0 <= top <= height - h
+        covered[top : top + h, left : left + w] = True
+    assert covered.all()
+    for lefts in (sorted({window[0] for window in windows}), sorted({window[1] for window in windows})):
+        assert all(after - before <= tile - overlap for before, after in itertools.pairwise(lefts))
+
+
+def test_tiles_are_the_scenes_own_pixels_and_know_where_they_are(tmp_path: Path) -> None:
+    values = noise()
+    scene = write_scene(tmp_path / "scene.tif", values, tags={"TIFFTAG_DATETIME": "2020:06:30 10:00:00"})
+    tiles, skipped = read_scenes([str(scene)], Tiling(tile_px=40, overlap_px=10))
+    assert skipped == []
+    assert len(tiles) == 2 * 3
+    assert len({tile.image_id for tile in tiles}) == len(tiles)
+    for tile in tiles:
+        left, top, width, height = tile.location.window or ()
+        expected = np.moveaxis(values[:, top : top + height, left : left + width], 0, -1)
+        assert np.array_equal(np.asarray(load_image(tile)), expected)
+        geo = tile.metadata["geo"]
+        assert geo["bounds"] == [
+            400000 + 2 * left,
+            5800000 - 2 * (top + 40),
+            400000 + 2 * (left + 40),
+            5800000 - 2 * top,
+        ]
+        west, south, east, north = geo["bbox"]
+        assert 13 < west < east < 14
+        assert 52 < south < north < 53
+        assert tile.metadata["meta"] == {"date": "2020-06-30"}
+
+
+def test_a_small_scene_is_one_tile_by_its_own_name(tmp_path: Path) -> None:
+    scene = write_scene(tmp_path / "scene.tif", noise(20, 30))
+    ((tile,), _) = read_scenes([str(scene)])
+    assert tile.image_id == str(scene)
+    assert load_image(tile).size == (30, 20)
+
+
+def test_tiles_without_data_are_counted_and_named(tmp_path: Path) -> None:
+    values = noise(64, 128)
+    values[:, :, :80] = 0
+    scene = write_scene(tmp_path / "scene.tif", values, nodata=0)
+    tiles, skipped = read_scenes([str(scene)], Tiling(tile_px=32, max_nodata=0.4))
+    assert {tile.location.window[0] for tile in tiles if tile.location.window} == {96}
+    assert len(skipped) == 2 * 3
+    assert skipped[0].file == f"{scene} (0, 0, 32, 32)"
+    assert skipped[0].reason == "100% of its pixels have no data"
+    half, _ = read_scenes([str(scene)], Tiling(tile_px=32, max_nodata=0.6))
+    assert {tile.location.window[0] for tile in half if tile.location.window} == {64, 96}
+
+
+def test_folders_patterns_and_broken_scenes(tmp_path: Path) -> None:
+    write_scene(tmp_path / "in/a.tif", noise(20, 20))
+    whole = write_scene(tmp_path / "in/sub/b.tif", noise(20, 20)).read_bytes()
+    (tmp_path / "in/c.tif").write_bytes(whole[: len(whole) // 8])
+    (tmp_path / "in/d.tif").write_bytes(b"")
+    tiles, skipped = read_scenes([str(tmp_path / "in")])
+    assert [Path(tile.location.url).name for tile in tiles] == ["a.tif", "b.tif"]
+    assert [Path(row.file).name for row in skipped] == ["c.tif", "d.tif"]
+    tiles, _ = read_scenes([str(tmp_path / "in/a*.tif")])
+    assert len(tiles) == 1
+    with pytest.raises(EvalDataError, match=r"x\*\.tif: no scene; expected files that end in \.tif or \.tiff"):
+        read_scenes([str(tmp_path / "in/x*.tif")])
+    with pytest.raises(EvalDataError, match=r"d\.tif: no tile can be used; first .*d\.tif: rasterio cannot open it"):
+        read_scenes([str(tmp_path / "in/d.tif")])
+
+
+def test_a_scene_without_crs_has_no_place(tmp_path: Path) -> None:
+    scene = write_scene(tmp_path / "scene.tif", noise(20, 20), crs=None)
+    ((tile,), _) = read_scenes([str(scene)])
+    assert "bbox" not in tile.metadata["geo"]
+
+
+def test_footprints_across_the_antimeridian_and_over_a_pole() -> None:
+    # UTM zone 1 begins at 180 degrees west, 360 km from this left edge.
+    across = footprint("EPSG:32601", (200_000, 7_200_000, 450_000, 7_300_000))
+    west, _, east, _ = across["bbox"]
+    assert west > 170
+    assert east < -170
+    assert [len(ring) for ring in across["footprint"]["coordinates"]] == [1, 1]
+    assert {point[0] for part in across["footprint"]["coordinates"] for point in part[0]} == {west, 180.0, -180.0, east}
+    pole = footprint("EPSG:3413", (-100_000, -100_000, 100_000, 100_000))
+    assert pole["bbox"][0] == -180
+    assert pole["bbox"][2:] == [180, 90]
+    assert footprint("nonsense", (0, 0, 1, 1)) == {}
+
+
+def test_footprints_lie_within_their_bbox() -> None:
+    found = footprint("EPSG:32633", (400_000, 5_800_000, 500_000, 5_900_000))
+    west, south, east, north = found["bbox"]
+    for longitude, latitude in found["footprint"]["coordinates"][0]:
+        assert west - 1e-6 <= longitude <= east + 1e-6
+        assert south - 1e-6 <= latitude <= north + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tile_px": 0}, "tile_px: 0"),
+        ({"overlap_px": 256}, "overlap_px: 256"),
+        ({"max_nodata": 2.0}, "max_nodata: 2.0"),
+    ],
+)
+def test_wrong_tilings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Tiling(**settings)
+
+
+# ---- STAC
+
+
+def write_catalog(folder: Path) -> Path:
+    """A catalogue with a collection of two items, one of which lacks its raster, and a link to nothing."""
+    pystac = pytest.importorskip("pystac", reason="pystac (extra stac) is not installed")
+    catalog = pystac.Catalog("archive", "scenes")
+    extent = pystac.Extent(pystac.SpatialExtent([[-180, -90, 180, 90]]), pystac.TemporalExtent([[None, None]]))
+    collection = pystac.Collection("lakes", "scenes of lakes", extent)
+    catalog.add_child(collection)
+    when = datetime.datetime(2021, 5, 4, tzinfo=datetime.timezone.utc)
+    for number in range(2):
+        item = pystac.Item(f"item{number}", None, None, when, {})
+        item.add_asset("preview", pystac.Asset("./preview.png", media_type="image/png"))
+        if number == 0:
+            item.add_asset("data", pystac.Asset("./scene.tif", media_type=pystac.MediaType.COG, roles=["data"]))
+        collection.add_item(item)
+    catalog.normalize_and_save(str(folder), pystac.CatalogType.SELF_CONTAINED)
+    write_scene(folder / "lakes/item0/scene.tif", noise(40, 80))
+    content = json.loads((folder / "catalog.json").read_text())
+    content["links"] += [{"rel": "item", "href": "./gone.json"}, {"rel": "child", "href": "./catalog.json"}]
+    (folder / "catalog.json").write_text(json.dumps(content))
+    return folder / "catalog.json"
+
+
+def test_a_catalogue_gives_the_tiles_of_its_items(tmp_path: Path) -> None:
+    tiles, skipped = read_stac(str(write_catalog(tmp_path)), tiling=Tiling(tile_px=40))
+    assert len(tiles) == 2
+    assert tiles[0].metadata["meta"] == {"date": "2021-05-04"}
+    assert tiles[0].metadata["stac"] == {"item": "item0", "collection": "lakes"}
+    assert sorted(Path(row.file).name for row in skipped) == ["gone.json", "item1.json"]
+    assert "no GeoTIFF asset; it has preview" in {row.reason for row in skipped}
+    with pytest.raises(EvalDataError, match=r"no tile can be used; first .*no asset 'nir'"):
+        read_stac(str(tmp_path / "lakes/collection.json"), asset="nir")
+
+
+class Flaky(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder; the first two requests of each file fail."""
+
+    asked: dict[str, int]
+
+    def do_GET(self) -> None:
+        self.asked[self.path] = self.asked.get(self.path, 0) + 1
+        if self.path.endswith(".json") and self.asked[self.path] < 3:
+            self.send_error(503)
+        else:
+            super().do_GET()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    handler = type("Handler", (Flaky,), {"asked": {}})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(tmp_path))) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_a_catalogue_over_http_that_fails_twice_and_then_works(
+    tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_catalog(tmp_path)
+    monkeypatch.setattr("msa_openclip.data.streams.time.sleep", lambda _: None)
+    tiles, _ = read_stac(f"{server}/lakes/collection.json", tiling=Tiling(tile_px=40))
+    assert len(tiles) == 2
+    assert load_image(tiles[0]).size == (40, 40)
+
+
+def test_what_is_no_stac_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("pystac", reason="pystac (extra stac) is not installed")
+    (tmp_path / "x.json").write_text('{"type": "Nonsense"}')
+    with pytest.raises(EvalDataError, match=r"x\.json: not a STAC object"):
+        read_stac(str(tmp_path / "x.json"))
+    with pytest.raises(EvalDataError, match=r"absent\.json: not a STAC object that can be read"):
+        read_stac(str(tmp_path / "absent.json"))
