@@ -18,7 +18,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class ImageScale:
-    """One scale: a map of the image tower and how it is pooled to one vector z_s (METHOD 1.1)."""
+    """One scale: a map of the image tower and how it is pooled to one vector z_s (docs/method.md, section 1.1)."""
 
     stage: int
     """Stage of a hierarchical backbone (1 is the map of stride 4) or block of a plain ViT, counted from 1."""
@@ -28,7 +28,7 @@ class ImageScale:
 
 @dataclass(frozen=True, kw_only=True)
 class TextTokens:
-    """Which last hidden states of the text tower MSCMAT attends to (METHOD 1.3)."""
+    """Which last hidden states of the text tower MSCMAT attends to (docs/method.md, section 1.3)."""
 
     first: bool = False
     """Attend to the first position too ([CLS] or start of text)."""
@@ -38,7 +38,7 @@ class TextTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """The form of the match score (METHOD 1.4)."""
+    """The form of the match score (docs/method.md, section 1.4)."""
 
     form: Literal["logit", "sigmoid"] = "logit"
     """What losses and rankings see: the logit, or its sigmoid as in the released code."""
@@ -50,9 +50,11 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """Terms of `MSALoss` with their weights (METHOD 1.5); without fused, match and consistency there is no MSCMAT.
+    """Terms of `MSALoss` with their weights (docs/method.md, section 1.5).
 
-    What the defaults were chosen by is in docs/results.md.
+    Without fused, match and consistency terms there is no MSCMAT.
+
+    What the defaults were chosen by is in docs/results/findings.md.
     """
 
     global_term: Literal["infonce", "triplet"] = "infonce"
@@ -94,7 +96,7 @@ class MSACfg:
     """Width D of MSCMAT; null: embed_dim."""
     heads: int = 8
     fusion: Fusion = "both"
-    """Global image feature: the tower's own, the gated sum of scales (METHOD 1.2), or the tower's plus the scales'."""
+    """Global image feature: the tower's, the gated sum of scales (docs/method.md, section 1.2), or their sum."""
     text_tokens: TextTokens = field(default_factory=TextTokens)
     score: Score = field(default_factory=Score)
     loss: Loss = field(default_factory=Loss)

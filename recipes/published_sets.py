@@ -27,7 +27,7 @@ class PublishedSet:
     source: str
     """Where to get it."""
     flaws: tuple[str, ...] = ()
-    """What to know of it; docs/shards.md says more."""
+    """What to know of it; docs/data/ says more."""
 
 
 SETS: dict[str, PublishedSet] = {

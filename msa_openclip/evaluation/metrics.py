@@ -1,8 +1,9 @@
 """Retrieval metrics: pure functions of where the right answers rank, and of which caption is right for which image.
 
-Protocol (METHOD section 3): an image finds its text when *any* of its captions is in the top k; a caption finds its
-image when that image is in the top k.  Ties are never resolved by position: by default every order of equal scores is
-equally likely and the expected hit counts, or (``ties="pessimistic"``) the right answer comes last among its equals.
+Protocol of docs/method.md, section 3: an image finds its text when *any* of its captions is in the top k; a caption
+finds its image when that image is in the top k.  Ties are never resolved by position: by default every order of equal
+scores is equally likely and the expected hit counts, or (``ties="pessimistic"``) the right answer comes last among its
+equals.
 
 Shapes: I images, C score columns (distinct texts), P right (image, column) pairs, Q text queries.
 """

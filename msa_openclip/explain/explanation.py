@@ -1,6 +1,6 @@
 """Why an image and a text match: per scale each word's weight and exact share of the score, and where the scale looked.
 
-The fold (METHOD section 2) makes this exact, not an approximation: for one scale, with p the attention weights,
+The fold (docs/method.md, section 2) makes this exact: for one scale, with p the attention weights,
 
     logit = sum over words sum_h p_hn (u_h . v_hn)  +  g . t  +  r
 

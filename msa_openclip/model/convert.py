@@ -20,7 +20,7 @@ BERT = ("embeddings.", "encoder.")
 
 _WEIGHT_AND_BIAS = ("weight", "bias")
 _ATTENTION = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
-_GATED_MAP = {"fc": "embed", "att": "gate", "fc2": "out"}  # A, G, B of METHOD 1.2
+_GATED_MAP = {"fc": "embed", "att": "gate", "fc2": "out"}  # A, G, B of docs/method.md, section 1.2
 _LOGIT_SCALE = math.log(1 / 0.07)  # open_clip's initial value: the paper's losses know no such scale
 
 

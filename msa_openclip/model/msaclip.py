@@ -1,4 +1,4 @@
-"""MSACLIP: open_clip's dual encoder with multi-scale image features and MSCMAT (METHOD section 1).
+"""MSACLIP: open_clip's dual encoder with multi-scale image features and MSCMAT (docs/method.md, section 1).
 
 Shapes: I images, T texts, S scales, C_s channels of scale s, N text tokens, E embed_dim.
 """

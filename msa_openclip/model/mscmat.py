@@ -1,4 +1,6 @@
-"""MSCMAT's learned maps, folded: pooled scale vectors -> ImageSide, text tokens -> TextSide (METHOD 1.4 and 2).
+"""MSCMAT's learned maps, folded: pooled scale vectors -> ImageSide, text tokens -> TextSide.
+
+The method is that of docs/method.md, sections 1.4 and 2.
 
 Shapes: I images, T texts, S scales, C_s channels of scale s, N text tokens, D width, H heads, d = D / H.
 """
@@ -80,7 +82,7 @@ class MSCMAT(nn.Module):
         feature_width: width of the global text feature (embed_dim); projected likewise.
         width: D.
         heads: H.
-        score: form of the score, METHOD section 1.4.
+        score: form of the score, docs/method.md, section 1.4.
     Raises:
         ValueError: `width` is not divisible by `heads`.
     """

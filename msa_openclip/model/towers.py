@@ -89,7 +89,7 @@ class LearnedPool(nn.Module):
 
 
 class ImageScales(nn.Module):
-    """Reads the pooled scale vectors z_1 .. z_S out of an image tower's forward pass (METHOD 1.1).
+    """Reads the pooled scale vectors z_1 .. z_S out of an image tower's forward pass (docs/method.md, section 1.1).
 
     The tower is passed at each call: it stays a child of the model alone, under open_clip's own name.
 
@@ -190,7 +190,10 @@ class TowerPlusScales(nn.Module):
 
 
 class GatedScales(nn.Module):
-    """The paper's global image feature: f = sum_s F_s z_s, e = A f, B (e * sigmoid(G e)) (METHOD 1.2)."""
+    """The paper's global image feature: f = sum_s F_s z_s, e = A f, B (e * sigmoid(G e)).
+
+    docs/method.md, section 1.2.
+    """
 
     def __init__(self, channels: Sequence[int], embed_dim: int) -> None:
         super().__init__()

@@ -4,8 +4,8 @@ A tile holds, for every head, the logits of some texts' tokens against some imag
 are large matrix products, and the softmax over tokens is sums of contiguous rows. Texts are visited in order of
 length, so a tile pays for its own longest text only. The backward pass computes each tile again; nothing of size
 I x T x H x N is ever kept. Where the processor multiplies bfloat16 itself, products of bfloat16 operands are computed
-in it and everything between them in float32; elsewhere half precision is computed in float32. docs/speed.md has the
-figure and the measurements behind the constants.
+in it and everything between them in float32; elsewhere half precision is computed in float32. docs/explanation/speed.md
+has the figure and the measurements behind the constants.
 
 Shapes as in `pair_scores`; besides, L token rows of a tile (its texts x its longest text), J images of a block.
 """

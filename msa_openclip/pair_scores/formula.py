@@ -1,4 +1,4 @@
-"""MSCMAT's pair stage: parameter-free scores of every image against every text at every scale (METHOD section 2).
+"""MSCMAT's pair stage: parameter-free scores of all images against all texts at all scales (docs/method.md, section 2).
 
 Shapes: I images, T texts, S scales, N text tokens, H heads, d width of a head, D = H d.
 """
@@ -47,7 +47,7 @@ class TextSide(NamedTuple):
 
 
 def match_logits(images: ImageSide, texts: TextSide) -> Tensor:
-    """Score every image against every text at every scale (MSCMAT, METHOD section 2).
+    """Score every image against every text at every scale (MSCMAT, docs/method.md, section 2).
 
         logit(s, i, t) = sum_h sum_n softmax_n(q_h(i) . k_nh(t)) (u_h(i) . v_nh(t)) + g(i) . t(t) + r(i)
 

@@ -8,7 +8,7 @@ backward kernels compute the same tile again, once for the image side (all texts
 
 Texts are sorted by length and visited in three ranges, up to a quarter, up to half and up to all of the padded length:
 a group of short texts is a group of more texts, not of more padding. Lengths stay on the device, so that nothing
-waits for it and CUDA graphs can hold it all. docs/speed.md has a figure.
+waits for it and CUDA graphs can hold it all. docs/explanation/speed.md has a figure.
 
 Shapes as in `pair_scores`; besides, J images of a program, `TEXTS` texts of `TOKENS` tokens each, d padded to `WIDTH`.
 """

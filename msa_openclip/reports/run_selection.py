@@ -1,7 +1,7 @@
 """Finds the best epoch of a run by validation, and sums up several seeds as mean and standard deviation.
 
-The released code of several papers picks the epoch on the test set (METHOD section 3).  Here the epoch is chosen by
-what `open_clip_train.main --val-data` wrote to results.jsonl, and only that one checkpoint sees the test set.
+The released code of several papers picks the epoch on the test set (docs/method.md, section 3).  Here the epoch is
+chosen by what `open_clip_train.main --val-data` wrote to results.jsonl, and only that one checkpoint sees the test set.
 """
 
 from __future__ import annotations

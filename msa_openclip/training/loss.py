@@ -1,4 +1,4 @@
-"""MSALoss: global, match and consistency terms (METHOD section 1.5), on one process or gathered from all ranks.
+"""MSALoss: global, match and consistency terms (docs/method.md, section 1.5), of one process or all ranks.
 
 Shapes: R rows and C columns of a block of scores (one of them images, the other texts), S scales, B samples a rank.
 """
@@ -41,7 +41,7 @@ def fused_term(block: ScoreBlock, logit_scale: Tensor, ranking: Ranking) -> Tens
 
 
 def triplet_term(block: ScoreBlock, margin: float) -> Tensor:
-    """Hinge on the hardest in-batch negative of each row, summed over rows (METHOD 1.5)."""
+    """Hinge on the hardest in-batch negative of each row, summed over rows (docs/method.md, section 1.5)."""
     own = block.cosine.gather(1, block.pair[:, None]).squeeze(1)
     hardest = block.cosine.masked_fill(block.positive, -torch.inf).max(dim=1).values
     return (margin - own + hardest).clamp(min=0).sum()

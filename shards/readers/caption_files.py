@@ -52,7 +52,7 @@ def _lines(url: str) -> list[str]:
 
 
 def _grouped(files: list[str], captions: list[str], where: str) -> Iterator[tuple[str, list[str]]]:
-    """Captions by image, whichever way the file names come (METHOD: train per image, test per caption)."""
+    """Captions by image, for files of a name per image or a name per caption (docs/method.md, section 3)."""
     if len(captions) % len(files):
         raise ShardError(f"{where}: {len(captions)} captions cannot be shared evenly by {len(files)} file names.")
     per_name = len(captions) // len(files)

@@ -1,4 +1,4 @@
-"""Oracles of the pair stage: METHOD section 1 pair by pair with its maps, and the folded formula in plain loops.
+"""Oracles of the pair stage: docs/method.md, section 1 pair by pair with its maps; the folded formula in loops.
 
 Shapes: I images, T texts, S scales, N tokens, H heads, d width of a head, D = H d, C width of a pooled scale vector.
 """

@@ -1,4 +1,4 @@
-"""Converted checkpoints score as the released code does: read naively off METHOD 1, on synthetic released weights."""
+"""Converted checkpoints score as the released code does, naively (docs/method.md, section 1), on synthetic weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CrossAttention(nn.Module):
         self.ln_pre_t, self.ln_pre_i, self.ln_post = nn.LayerNorm(D), nn.LayerNorm(D), nn.LayerNorm(D)
 
     def forward(self, pooled: list[Tensor], tokens: Tensor, feature: Tensor) -> Tensor:
-        """METHOD 1.4: (S, I, T)."""
+        """docs/method.md, section 1.4: (S, I, T)."""
         scores = torch.zeros(len(pooled), IMAGES, TEXTS)
         for s, z in enumerate(pooled, start=1):
             project, attend = getattr(self, f"fc{s}"), getattr(self, f"cross_attn{s}")
@@ -61,7 +61,7 @@ class GatedMap(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """ResNet of torchvision (18 for 50: smaller), its stages' maps pooled, F_s and the gated map (METHOD 1.1, 1.2)."""
+    """ResNet of torchvision (18 for 50: smaller), maps pooled, F_s and gated map (docs/method.md, section 1)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""MSCMAT's folded maps against nn.MultiheadAttention run pair by pair, as METHOD section 1.4 writes it."""
+"""MSCMAT's folded maps against nn.MultiheadAttention run pair by pair, as docs/method.md, section 1.4 writes it."""
 
 from __future__ import annotations
 

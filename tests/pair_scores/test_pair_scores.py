@@ -94,7 +94,7 @@ def assert_matches_oracle(logits: Logits, images: ImageSide, texts: TextSide) ->
 
 
 def test_folding_changes_neither_scores_nor_gradients() -> None:
-    """The fold of METHOD section 2 against section 1 computed pair by pair, one text with every token masked."""
+    """The fold of docs/method.md, section 2 against section 1 computed pair by pair, one text all masked."""
     torch.manual_seed(3)
     channels, n_images, n_texts, tokens, width = [5, 13], 3, 5, 7, 22
     maps = Mscmat.random(widths=channels, heads=2, width=width)
