@@ -96,7 +96,7 @@ class MSACfg:
     """Width D of MSCMAT; null: embed_dim."""
     heads: int = 8
     fusion: Fusion = "both"
-    """Global image feature: the tower's, the gated sum of scales (docs/method.md, section 1.2), or their sum."""
+    """Global image feature: of the tower, of the scales (docs/method.md, section 1.2), or tower plus scales."""
     text_tokens: TextTokens = field(default_factory=TextTokens)
     score: Score = field(default_factory=Score)
     loss: Loss = field(default_factory=Loss)
