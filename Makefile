@@ -4,7 +4,7 @@ VENV ?= .venv
 OUT ?= out/demo
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint docs install clean
 
 demo: $(BIN)/.demo  ## Build shards, train MSA-ViT-Ti on them, report recalls: make demo [UCM=folder with dataset_ucm.json and images/]
 	$(BIN)/python examples/quickstart.py --out $(OUT) $(if $(UCM),--captions $(UCM)/dataset_ucm.json --images $(UCM)/images) $(ARGS)
@@ -18,6 +18,9 @@ lint: install  ## Lint and type checks
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target out/types .
 	cd out/types && MYPYPATH=. $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p msa_openclip  # as installed: one package
 
+docs: $(BIN)/.docs  ## Build the site into out/site, without network, warnings as errors (Python 3.11 or later)
+	HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 install: $(BIN)/.installed  ## Everything that `make test` and `make lint` need
 
 $(BIN)/.demo: setup.py pyproject.toml  # the package and plots, all that the demo needs
@@ -28,6 +31,10 @@ $(BIN)/.demo: setup.py pyproject.toml  # the package and plots, all that the dem
 
 $(BIN)/.installed: $(BIN)/.demo  # all extras, the test suite and the tools besides
 	$(BIN)/python -m pip install --quiet -e '.[all,test,dev]'
+	touch $@
+
+$(BIN)/.docs: $(BIN)/.demo  # the tools that build the site
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
 	touch $@
 
 clean:
