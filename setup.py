@@ -49,10 +49,10 @@ EXTRAS = {
         "playwright>=1.40",  # drives the browser of the demo's test, which is the system's chromium
         "clip-benchmark>=1.6",  # the independent evaluator that ours is compared with
     ],
-    # Pinned: the site is built with warnings as errors, and every release may warn of something new. Python 3.11 or later.
+    # Pinned: the site is built with warnings as errors, and a release may warn of something new. Python 3.11 or later.
     "docs": ["mkdocs==1.6.1", "mkdocs-material==9.8.2", "mkdocstrings==1.0.8", "mkdocstrings-python==2.0.11"],
     # One pinned linter for hook and CI; the type checker likewise.
-    "dev": ["ruff==0.17.5", "mypy==2.4.1", "build>=1.0"],
+    "dev": ["ruff==0.17.5", "mypy==2.4.1", "build>=1.0", "pre-commit>=4"],
 }
 USER_EXTRAS = [extra for name, extra in EXTRAS.items() if name not in ("test", "docs", "dev")]
 EXTRAS["all"] = sorted({requirement for extra in USER_EXTRAS for requirement in extra})
