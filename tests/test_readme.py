@@ -8,11 +8,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers import published_files
+from helpers.markdown import python_blocks, shell_lines
 
 from msa_openclip.commands import main as cli
 
@@ -37,20 +37,6 @@ SMALL = {
 """What makes the README's commands small, as it reads there -> as the test runs it."""
 SMALL_PYTHON = {"epoch_10.pt": "epoch_1.pt", "test-{000000..000003}.tar": "test-{000000..000001}.tar"}
 """Likewise for its Python, after the small demo."""
-
-
-def shell_lines(markdown: str) -> Iterator[str]:
-    """The commands of indented blocks, continued lines joined, comments left out; output of commands is in none."""
-    outside_fences = re.sub(r"^```.*?^```$", "", markdown, flags=re.MULTILINE | re.DOTALL)
-    block = "".join(re.findall(r"^    (.*\n)", outside_fences, flags=re.MULTILINE))
-    for line in block.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        if words:
-            yield re.sub(r"\s+", " ", re.sub(r"\s#\s.*", "", line)).strip()
-
-
-def python_blocks(markdown: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", markdown, flags=re.MULTILINE | re.DOTALL)
 
 
 def small(text: str, replacements: dict[str, str]) -> str:
