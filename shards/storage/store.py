@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import posixpath
+import re
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import product
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -13,7 +17,15 @@ import fsspec
 
 from ..records import ShardError
 
-TEMPORARY = ".tmp"
+_TEMPORARY_NAME = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
+# What tells one version of a remote file from the next, under the names that the stores give it.
+VERSION_FIELDS = ("size", "ETag", "etag", "blob_id", "md5Hash", "mtime", "LastModified", "Last-Modified", "created")
+MOST_BYTES = 2 << 30
+"""Nothing larger is read in one piece."""
+
+
+class NotReadable(ShardError):
+    """What lies there is no regular file, or larger than anything that is read in one piece."""
 
 
 def is_local(url: str) -> bool:
@@ -74,6 +86,53 @@ def is_folder(url: str) -> bool:
     return bool(fs.isdir(path))
 
 
+def is_link(url: str) -> bool:
+    """True if `url` is a symbolic link."""
+    return is_local(url) and os.path.islink(local_path(url))
+
+
+def overlap(first: str, second: str) -> bool:
+    """True if two places are the same, by whichever names and links, or one lies inside the other."""
+    pairs = product(_real_names(first), _real_names(second))
+    return any(one.startswith(other) or other.startswith(one) for one, other in pairs)
+
+
+def is_inside(url: str, folder: str) -> bool:
+    """True if a path or URL names something below `folder`, going by the names: links are taken as they stand."""
+    if is_local(url) != is_local(folder):
+        return False
+    if is_local(url):
+        path, root = (os.path.abspath(local_path(name)) for name in (url, folder or "."))
+    else:
+        path, root = (posixpath.normpath(name) for name in (url, folder))
+    return path.startswith(root.rstrip("/") + "/")
+
+
+def _real_names(url: str) -> set[str]:
+    """Where a place lies, ending in a slash; for a link also where the link itself lies."""
+    if is_local(url):
+        above, name = os.path.split(os.path.abspath(local_path(url)))
+        at = os.path.join(os.path.realpath(above), name)
+        return {f"{path.rstrip('/')}/" for path in (at, os.path.realpath(at))}
+    fs, path = filesystem(url)
+    return {f"{fs.protocol}://{path.rstrip('/')}/"}
+
+
+def version(url: str) -> str:
+    """What tells the content of a file, or of the files in a folder, from what it was or will be; empty if absent."""
+    try:
+        if is_local(url):
+            found = os.stat(local_path(url))
+            own = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+            inside = [version(join(url, name)) for name in names(url)] if stat.S_ISDIR(found.st_mode) else []
+            return repr((own, inside))
+        fs, path = _fresh(url)
+        info = fs.info(path)
+        return repr([info.get(name) for name in VERSION_FIELDS])
+    except Exception:  # fsspec back ends raise their own types
+        return ""
+
+
 def size(url: str) -> int:
     """Bytes of a file."""
     if is_local(url):
@@ -82,38 +141,134 @@ def size(url: str) -> int:
     return int(fs.size(path))
 
 
-def read_bytes(url: str) -> bytes:
-    """All bytes of a file."""
+def read_bytes(url: str, most: int = MOST_BYTES) -> bytes:
+    """All bytes of a file.
+
+    Raises:
+        NotReadable: it is no regular file, or has more than `most` bytes; that is known before anything is read.
+    """
     if is_local(url):
-        with open(local_path(url), "rb") as file:
+        with open_regular(local_path(url)) as file:
+            require_size(url, os.fstat(file.fileno()).st_size, most)
             return file.read()
     fs, path = filesystem(url)
+    with suppress(NotImplementedError, TypeError):  # a web server need not say
+        require_size(url, int(fs.size(path)), most)
     return cast(bytes, fs.cat_file(path))
 
 
+def require_size(url: str, size: int, most: int) -> None:
+    """Refuse what is larger than `most` bytes.
+
+    Raises:
+        NotReadable: it is.
+    """
+    if size > most:
+        raise NotReadable(f"{url}: {size:,} bytes, more than the {most:,} that are read in one piece.")
+
+
+def open_regular(path: str, buffering: int = -1) -> IO[bytes]:
+    """Open a local file for reading; pipes, devices and sockets, which may never end or answer, are refused unopened.
+
+    Raises:
+        NotReadable: it is no regular file.
+        OSError: it cannot be opened.
+    """
+    _require_regular(path, os.stat(path))
+    file = open(  # noqa: SIM115 -- the caller closes it
+        path, "rb", buffering=buffering, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+    )
+    try:
+        _require_regular(path, os.fstat(file.fileno()))  # it may have been replaced in between
+    except NotReadable:
+        file.close()
+        raise
+    return file
+
+
+def _require_regular(path: str, found: os.stat_result) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(f"{path}: a folder, where a file is expected.")
+    if not stat.S_ISREG(found.st_mode):
+        raise NotReadable(f"{path}: not a regular file but a pipe, device or socket. Give a copy of its content.")
+
+
 def open_read(url: str) -> IO[bytes]:
-    """A binary file to read and seek in."""
+    """A binary file to read and seek in.
+
+    Raises:
+        NotReadable: it is no regular file.
+    """
     if is_local(url):
-        return open(local_path(url), "rb")
+        return open_regular(local_path(url))
     fs, path = filesystem(url)
     return cast(IO[bytes], fs.open(path, "rb"))
 
 
 def listing(folder: str) -> list[str]:
-    """Paths of all files below `folder`, relative to it, in sorted order."""
+    """Paths of all files below `folder`, relative to it, in sorted order.
+
+    Links to folders are followed, but no folder is entered twice: a link to one that lies below `folder` anyway, or
+    above, gives nothing, nor does a folder that does not exist.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
     if is_local(folder):
         root = local_path(folder)
-        found = (os.path.join(at, name) for at, _, names in os.walk(root, followlinks=True) for name in names)
-        return sorted(os.path.relpath(path, root).replace(os.sep, "/") for path in found)
+        return sorted(os.path.relpath(path, root).replace(os.sep, "/") for path in _walk(root))
     fs, path = _fresh(folder)
     cut = len(path.rstrip("/")) + 1
     return sorted(name[cut:] for name in fs.find(path))
 
 
+def _walk(root: str) -> Iterator[str]:
+    """Files below `root`.  Real folders come before links, so that files have the name of the place where they are."""
+    entered: set[tuple[int, int]] = set()
+    folders, links = [root], list[str]()
+    while folders or links:
+        if not folders:
+            links.sort(reverse=True)
+            folders.append(links.pop())
+        at = folders.pop()
+        try:
+            found = os.stat(at)
+        except FileNotFoundError:
+            continue
+        if (found.st_dev, found.st_ino) in entered or not stat.S_ISDIR(found.st_mode):
+            continue
+        entered.add((found.st_dev, found.st_ino))
+        with os.scandir(at) as entries:
+            for entry in entries:
+                if not entry.is_dir():
+                    yield entry.path
+                else:
+                    (links if entry.is_symlink() else folders).append(entry.path)
+
+
+def names(folder: str) -> list[str]:
+    """Names of the files that lie in `folder` itself, links among them; empty if it does not exist."""
+    if is_local(folder):
+        try:
+            with os.scandir(local_path(folder)) as entries:
+                return sorted(entry.name for entry in entries if not entry.is_dir(follow_symlinks=False))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    fs, path = _fresh(folder)
+    try:
+        return sorted(base_name(row["name"]) for row in fs.ls(path, detail=True) if row["type"] != "directory")
+    except FileNotFoundError:
+        return []
+
+
 def make_folder(url: str) -> None:
     """Create a folder and its parents; nothing to do on stores without folders."""
     if is_local(url):
-        Path(local_path(url)).mkdir(parents=True, exist_ok=True)
+        folder = Path(local_path(url))
+        new = [at for at in (folder, *folder.parents) if not at.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for at in new:
+            _sync_folder(at.parent)
         return
     fs, path = filesystem(url)
     fs.makedirs(path, exist_ok=True)
@@ -129,23 +284,39 @@ def remove(url: str) -> None:
             fs.rm_file(path)
 
 
-def remove_folder(url: str) -> None:
-    """Delete a folder with everything in it, if it is there."""
-    fs, path = filesystem(url)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+def remove_empty_folder(url: str) -> None:
+    """Delete a folder if nothing is in it."""
+    if is_local(url):
+        with suppress(OSError):
+            os.rmdir(local_path(url))
+        return
+    fs, path = _fresh(url)
+    with suppress(OSError, NotImplementedError):
+        if fs.exists(path) and not fs.find(path):
+            fs.rm(path, recursive=True)
+
+
+def target_of_temporary(name: str) -> str | None:
+    """The file that `atomic_write` was writing under the temporary name `name`; None for all other names."""
+    match = _TEMPORARY_NAME.fullmatch(name)
+    return match.group(1) if match else None
 
 
 @contextmanager
 def atomic_write(url: str) -> Iterator[IO[bytes]]:
-    """Open a temporary neighbour of `url`; rename it at the end, or delete it when something was raised."""
-    temporary = join(parent(url), f".{base_name(url)}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
+    """Open a temporary neighbour of `url`; rename it at the end, or delete it when something was raised.
+
+    A local file is on the disk before it gets its name, and so is the name when this ends.
+    """
+    temporary = join(parent(url), f".{base_name(url)}.{uuid.uuid4().hex[:8]}.tmp")
     if is_local(url):
         path, final = local_path(temporary), local_path(url)
         try:
-            with open(path, "wb", buffering=1 << 20) as file:
+            with open(path, "xb", buffering=1 << 20) as file:
                 yield file
-            os.replace(path, final)
+                file.flush()
+                os.fsync(file.fileno())
+            rename(path, final)
         except BaseException:
             remove(temporary)
             raise
@@ -161,7 +332,47 @@ def atomic_write(url: str) -> Iterator[IO[bytes]]:
         raise
 
 
+def rename(path: str, final: str) -> None:
+    """Give a local file or folder its final name, in place of what has it; both names are on the disk afterwards.
+
+    What is in it must be there already: see `sync`.
+    """
+    os.replace(path, final)
+    for folder in {os.path.dirname(path) or ".", os.path.dirname(final) or "."}:
+        _sync_folder(folder)
+
+
+def sync(path: str) -> None:
+    """See to it that a local file, or a folder with all files below it, is on the disk."""
+    if not os.path.isdir(path):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        return
+    for at, _, files in os.walk(path):
+        for name in files:
+            sync(os.path.join(at, name))
+        _sync_folder(at)
+
+
+def _sync_folder(folder: str | Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems know no such thing
+        pass
+    finally:
+        os.close(descriptor)
+
+
 def write_bytes(url: str, data: bytes) -> None:
     """Write a whole file atomically."""
     with atomic_write(url) as file:
         file.write(data)
+
+
+def write_text(url: str, text: str) -> None:
+    """Write a whole file atomically, as UTF-8; what cannot be written so (of file names in other encodings) is escaped.
+
+    In JSON the escape, `\\udcff` say, reads back as what it was.
+    """
+    write_bytes(url, text.encode("utf-8", "backslashreplace"))
