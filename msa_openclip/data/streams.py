@@ -31,8 +31,6 @@ BLOCK_BYTES = 8 << 20
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 60.0
 # Another attempt cannot help: no such file, no permission, no driver for this kind of URL.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ShardError)
-# What tells one version of a remote file from the next, under the names that the stores give it.
-_VERSION_FIELDS = ("size", "ETag", "etag", "blob_id", "md5Hash", "mtime", "LastModified", "Last-Modified", "created")
 
 _log = logging.getLogger(__name__)
 _jitter = random.SystemRandom()  # leaves the random numbers of image augmentation alone
@@ -61,7 +59,7 @@ def open_shard(url: str, *, fill_cache: bool = True) -> IO[bytes]:
         if not store.is_local(url_or_copy):
             return cast("IO[bytes]", RemoteFile(url))
         url = url_or_copy
-    return retrying(url, lambda: open(store.local_path(url), "rb", buffering=1 << 20))
+    return retrying(url, lambda: store.open_regular(store.local_path(url), buffering=1 << 20))
 
 
 def read_if_there(url: str) -> bytes | None:
@@ -204,7 +202,7 @@ def _cached(url: str, folder: Path, fill: bool) -> str:
         return cast("dict[str, Any]", filesystem.info(path))
 
     info = retrying(url, find)
-    version = repr([url, *(info.get(name) for name in _VERSION_FIELDS)])
+    version = repr([url, *(info.get(name) for name in store.VERSION_FIELDS)])
     copy = folder / f"{hashlib.sha256(version.encode()).hexdigest()[:16]}-{store.base_name(url)}"
     if copy.exists():
         return str(copy)

@@ -19,9 +19,10 @@ from PIL import Image
 from webdataset.tariterators import base_plus_ext
 
 from ..data.streams import StreamError, open_shard
+from ..shards.readers.fields import encodable
 from ..shards.records import clean_caption
 from ..shards.storage import store
-from ..shards.storage.tars import IMAGE_MEMBERS, image_of
+from ..shards.storage.tars import IMAGE_MEMBERS, content, headers, image_of, open_tar
 from .shares import ShardDataError, Share
 
 EXPECTED = f"KEY.txt with captions, one a line, and one of {', '.join('KEY.' + name for name in IMAGE_MEMBERS)}"
@@ -63,6 +64,7 @@ class Tally:
 
     def note(self, what: str, reason: str, detail: str = "") -> None:
         """Count a problem."""
+        what = what.encode("utf-8", "backslashreplace").decode()  # no log can hold a name that is not UTF-8
         if what in self.examples:
             return
         self.reasons[reason] += 1
@@ -130,33 +132,15 @@ def look_at_first_sample(urls: Sequence[str]) -> None:
     raise tally.nothing_usable(", ".join(urls[:LOOK_AT_SHARDS]))
 
 
-class _StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a damaged header, or a file cut off between members, for the end of the archive; we do not."""
-
-    @classmethod
-    def fromtarfile(cls, tarfile: Any) -> Any:
-        try:
-            return super().fromtarfile(tarfile)
-        except _DAMAGES as error:
-            raise _ReadError(f"{error} at byte {tarfile.offset:,}") from error
-
-
 _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset passes over
-_ReadError = tarfile.ReadError
-_DAMAGES = (
-    tarfile.InvalidHeaderError,  # type: ignore[attr-defined]
-    tarfile.EmptyHeaderError,  # type: ignore[attr-defined]
-    tarfile.TruncatedHeaderError,  # type: ignore[attr-defined]
-)
 
 
 def _members(file: IO[bytes], share: Share, tally: Tally) -> Iterator[dict[str, Any]]:
     """The members of the share as webdataset has them: `fname`, `data` (None if it is of no use here), `__url__`."""
-    mode: Any = "r:*" if hasattr(file, "seek") else "r|*"
+    mode = "r:*" if hasattr(file, "seek") else "r|*"
     index, last_key = -1, None
-    with tarfile.open(fileobj=file, mode=mode, bufsize=1 << 16, tarinfo=_StrictTarInfo) as tar:
-        while (info := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # TarFile would keep every header
+    with open_tar(file, mode, bufsize=1 << 16) as tar:
+        for info in headers(tar):
             key, extension = base_plus_ext(info.name)
             if key is None or not info.isreg() or _META.match(info.name):
                 continue
@@ -167,8 +151,7 @@ def _members(file: IO[bytes], share: Share, tally: Tally) -> Iterator[dict[str, 
             if share.stop is not None and index >= share.stop and share.stop != share.size:
                 return
             wanted = extension.lower() in (*IMAGE_MEMBERS, "txt")
-            content = tar.extractfile(info) if wanted else None
-            yield {"fname": info.name, "data": content and content.read(), "__url__": share.url}
+            yield {"fname": info.name, "data": content(tar, info) if wanted else None, "__url__": share.url}
     if share.size not in (None, index + 1):
         tally.note(share.url, "sizes.json is wrong", f"it says {share.size} samples, the shard has {index + 1}")
 
@@ -180,6 +163,9 @@ def _usable(members: Sample, tally: Tally) -> Sample | None:
         names = ", ".join(sorted(name for name in members if not name.startswith("__")))
         lack = "image" if image is None else "captions"
         tally.reject(members, f"no {lack} among the members {names}", passed=tally.complete)
+        return None
+    if not encodable(members["__key__"]):
+        tally.reject(members, "its name is not UTF-8", passed=tally.complete)
         return None
     try:
         lines = members["txt"].decode("utf-8").splitlines()

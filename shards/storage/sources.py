@@ -5,20 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from hashlib import sha256
 from typing import Any
 
 from ..records import Location, ShardError
 from . import store
+from .tars import MOST_IMAGE_BYTES
+
+_THREADS = 16
 
 
 def read_location(location: Location) -> bytes:
-    """The bytes that `place` points at: a file, a stretch of one, or a cell of a saved table."""
+    """The bytes that `location` points at: a file, a stretch of one, or a cell of a saved table.
+
+    Raises:
+        ShardError: it is no regular file, or larger than MOST_IMAGE_BYTES; nothing has been read then.
+        OSError: it cannot be read.
+    """
     if location.row is not None:
         return _read_cell(location)
     if location.offset is None or location.size is None:
-        return store.read_bytes(location.url)
+        return store.read_bytes(location.url, MOST_IMAGE_BYTES)
+    store.require_size(location.url, location.size, MOST_IMAGE_BYTES)
     if store.is_local(location.url):
-        with open(store.local_path(location.url), "rb") as file:
+        with store.open_regular(store.local_path(location.url)) as file:
             file.seek(location.offset)
             data = file.read(location.size)
     else:
@@ -31,7 +41,7 @@ def read_location(location: Location) -> bytes:
     return data
 
 
-def read_ahead(places: list[Location], threads: int = 16) -> Iterator[bytes | Exception]:
+def read_ahead(places: list[Location], threads: int = _THREADS) -> Iterator[bytes | Exception]:
     """The bytes of each place in order; a failure comes as the exception, so that one bad file stops nothing.
 
     Local files are read when asked for; remote ones by `threads` requests at a time, to hide their latency.
@@ -54,7 +64,31 @@ def _read_or_error(location: Location) -> bytes | Exception:
 def _read_cell(location: Location) -> bytes:
     cell = _table(location.url)[location.row][location.column]
     data: bytes | None = cell["bytes"] if isinstance(cell, dict) else cell
-    return data if data is not None else store.read_bytes(cell["path"])
+    if data is not None:
+        return data
+    if not store.is_inside(cell["path"], location.url):
+        raise ShardError(f"{cell['path']}: lies outside the data set; save it again with its images (save_to_disk).")
+    return store.read_bytes(cell["path"], MOST_IMAGE_BYTES)
+
+
+class Versions:
+    """The versions of files, each asked for once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str] = {}
+
+    def of(self, locations: list[Location]) -> str:
+        """One mark for the files that hold all of these: it changes if one of them does."""
+        new = list(dict.fromkeys(location.url for location in locations if location.url not in self._known))
+        if all(map(store.is_local, new)):
+            self._known.update((url, store.version(url)) for url in new)
+        else:
+            with ThreadPoolExecutor(_THREADS) as pool:
+                self._known.update(zip(new, pool.map(store.version, new), strict=True))
+        mark = sha256()
+        for location in locations:
+            mark.update(f"{self._known[location.url]}\n".encode())
+        return mark.hexdigest()
 
 
 @lru_cache(maxsize=4)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
 import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import IO, NamedTuple, TypeVar
+from contextlib import contextmanager
+from gzip import BadGzipFile
+from typing import IO, Any, NamedTuple, TypeVar
+
+from ..options import PILLOW_BOMB_LIMIT
 
 BLOCK = 512
 SUM_BYTES = 1 << 20
@@ -17,6 +22,10 @@ _AFTER_SIZE = b"\0" + b"0" * 11 + b"\0"  # time
 _CHECKSUM_END = b"\0 "
 _REST = b"0" + bytes(100) + b"ustar\00000" + bytes(247)  # a file, no link, no names
 _FIXED_SUM = sum(_BEFORE_SIZE) + sum(_AFTER_SIZE) + 8 * ord(" ") + sum(_REST)  # the checksum itself counts as spaces
+MOST_IMAGE_BYTES = 4 * PILLOW_BOMB_LIMIT
+"""As much as four bytes for each pixel of the largest image that Pillow opens."""
+MOST_TEXT_BYTES = 64 << 20
+"""Of the captions or the JSON of one sample."""
 IMAGE_MEMBERS = ("jpg", "png", "jpeg", "webp")
 """Extensions of the images that open_clip reads from shards; of several in a sample the first counts, as there."""
 MEMBER_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # as webdataset splits key and extension
@@ -51,12 +60,30 @@ def image_of(parts: Mapping[str, Part]) -> Part | None:
 
 
 def read_member(file: IO[bytes], member: Member) -> bytes:
-    """The bytes of a member; the file stays where it was, for who reads on."""
+    """The bytes of a member; the file stays where it was, for who reads on.
+
+    Raises:
+        tarfile.ReadError: it is larger than MOST_IMAGE_BYTES, for other than images MOST_TEXT_BYTES, or cut short.
+    """
+    require_readable(member.name, member.size)
     position = file.tell()
     file.seek(member.offset)
     data = file.read(member.size)
     file.seek(position)
+    if len(data) != member.size:
+        raise tarfile.ReadError(f"{member.name}: ends after {len(data):,} of {member.size:,} bytes")
     return data
+
+
+def require_readable(name: str, size: int) -> None:
+    """Refuse a member that is larger than what it can be; a tar of a few kilobytes may claim any size.
+
+    Raises:
+        tarfile.ReadError: it is.
+    """
+    most = MOST_TEXT_BYTES if name.lower().endswith((".txt", ".json", ".caption")) else MOST_IMAGE_BYTES
+    if size > most:
+        raise tarfile.ReadError(f"{name}: {size:,} bytes, more than the {most:,} that are read in one piece")
 
 
 class BlockSums:
@@ -117,18 +144,108 @@ def _header(name: str, size: int) -> bytes:
     return b"".join((encoded.ljust(100, b"\0"), _BEFORE_SIZE, octal, _AFTER_SIZE, checksum, _CHECKSUM_END, _REST))
 
 
+class _StrictTarInfo(tarfile.TarInfo):
+    """A header that is refused if it is damaged or would lead the reader astray.
+
+    tarfile takes a damaged header, and the end of the file, for the end of the archive, and believes every size: a
+    negative one leads back to where it has been, and what a long name or sparse file claims is read into memory.
+    """
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Any:
+        """The next header."""
+        try:
+            return super().fromtarfile(tar)
+        except _DAMAGES as error:
+            raise tarfile.ReadError(f"{error} at byte {tar.offset:,}") from error
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Any:
+        """A header from its block, before tarfile follows it."""
+        info = super().frombuf(buf, encoding, errors)
+        _require_sane(info)
+        if info.type in _EXTENDED and info.size > _MOST_EXTENDED:
+            raise tarfile.ReadError(f"{info.name!r}: a name or header of {info.size:,} bytes")
+        return info
+
+
+_DAMAGES = (
+    tarfile.InvalidHeaderError,  # type: ignore[attr-defined]
+    tarfile.EmptyHeaderError,  # type: ignore[attr-defined]
+    tarfile.TruncatedHeaderError,  # type: ignore[attr-defined]
+)
+_EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+             tarfile.GNUTYPE_LONGLINK)  # fmt: skip
+_MOST_EXTENDED = 1 << 20
+
+
+def _require_sane(info: tarfile.TarInfo) -> None:
+    if info.size < 0:
+        raise tarfile.ReadError(f"{info.name!r}: a size of {info.size} bytes")
+    if info.issparse() or info.type == tarfile.GNUTYPE_SPARSE:
+        raise tarfile.ReadError(f"{info.name!r}: stored sparse; make the tar again without --sparse")
+
+
+def open_tar(file: IO[bytes], mode: str = "r:", bufsize: int = 10240) -> tarfile.TarFile:
+    """A tar for `headers`; with mode "r|*" one that is read forwards, compressed or not.
+
+    Raises:
+        tarfile.ReadError: it is none.
+    """
+    opened: Any = tarfile.open
+    with _as_read_error("the first header"):
+        tar: tarfile.TarFile = opened(fileobj=file, mode=mode, bufsize=bufsize, tarinfo=_StrictTarInfo)
+    return tar
+
+
+def headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The headers of a tar in order, none of them kept.
+
+    Raises:
+        tarfile.ReadError: the tar is damaged or cut short, or a header claims a size that cannot be.
+    """
+    while True:
+        with _as_read_error(f"the header at byte {tar.offset:,}"):
+            info = tar.next()
+        if info is None:
+            return
+        _require_sane(info)  # extended headers may have changed it
+        tar.members = []  # type: ignore[attr-defined]  # TarFile would keep every header
+        yield info
+
+
+def content(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    """The bytes of the member of a header that `headers` has just given.
+
+    Raises:
+        tarfile.ReadError: it is larger than a member may be, cut short, or badly compressed.
+    """
+    require_readable(info.name, info.size)
+    with _as_read_error(info.name):
+        file = tar.extractfile(info)
+        return file.read() if file else b""
+
+
+@contextmanager
+def _as_read_error(what: str) -> Iterator[None]:
+    """tarfile lets through what int(), decoders and decompressors raise for damaged headers, and its own recursion."""
+    try:
+        yield
+    except (ValueError, OverflowError, RecursionError, EOFError, BadGzipFile, zlib.error, lzma.LZMAError) as error:
+        raise tarfile.ReadError(f"{what} is damaged ({type(error).__name__}: {error})") from error
+
+
 def members(file: IO[bytes]) -> Iterator[Member]:
     """The regular files of a tar in order, with the offsets of their bytes.
 
     Raises:
-        tarfile.ReadError: the tar is damaged or cut short.
+        tarfile.ReadError: the tar is damaged or cut short, or a header claims a size that cannot be.
     """
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for info in tar:
+    with open_tar(file) as tar:
+        for info in headers(tar):
             if info.isreg():
                 yield Member(info.name, info.offset_data, info.size)
-            tar.members = []  # type: ignore[attr-defined]  # TarFile would keep every header
-        # TarFile takes a header that it cannot read, and the end of the file, for the end of the archive.
+        # TarFile takes the end of the file for the end of the archive.
         file.seek(tar.offset)
         if file.read(BLOCK) != bytes(BLOCK):
             raise tarfile.ReadError(f"neither a member nor the end mark at byte {tar.offset:,}")
@@ -136,12 +253,12 @@ def members(file: IO[bytes]) -> Iterator[Member]:
 
 def samples(file: IO[bytes]) -> Iterator[tuple[str, list[Member]]]:
     """Neighbouring members that share a key, as webdataset groups them."""
-    key, group = "", list[Member]()
+    key, group = "", dict[str, Member]()
     for member in members(file):
-        if group and (member.key != key or any(member.extension == other.extension for other in group)):
-            yield key, group
-            group = []
+        if group and (member.key != key or member.extension in group):
+            yield key, list(group.values())
+            group = {}
         key = member.key
-        group.append(member)
+        group[member.extension] = member
     if group:
-        yield key, group
+        yield key, list(group.values())
