@@ -66,6 +66,8 @@ def _add_build(commands: Commands) -> None:
     command.add_argument("captions", metavar="CAPTIONS", help="caption file or folder (path or fsspec URL)")
     command.add_argument("out", metavar="OUT", help="folder for the shards (path or fsspec URL)")
     command.add_argument("--images", metavar="FOLDER", help="of the images (default: the folder of the captions)")
+    text = "let the captions name images outside --images, also by URL"
+    command.add_argument("--outside", action="store_true", help=text)
     add_options(command, BuildOptions, "shards")
     add_options(command, ReadOptions, "reading the captions")
     add_options(command, ImageOptions, "images")
@@ -105,6 +107,7 @@ def _run_build(parsed: argparse.Namespace, read: ReadOptions) -> None:
         engine=parsed.engine,
         strict=parsed.strict,
         overwrite=parsed.overwrite,
+        outside=parsed.outside,
         dry_run=parsed.dry_run,
         progress=parsed.progress,
     )
@@ -114,8 +117,8 @@ def _run_build(parsed: argparse.Namespace, read: ReadOptions) -> None:
         from .storage import store
 
         made = report.report([parsed.out])
-        store.write_bytes(store.join(parsed.out, "report.json"), made.json().encode())
-        store.write_bytes(store.join(parsed.out, "report.html"), report_page.page(made).encode())
+        store.write_text(store.join(parsed.out, "report.json"), made.json())
+        store.write_text(store.join(parsed.out, "report.html"), report_page.page(made))
 
 
 def _add_reshard(commands: Commands) -> None:
@@ -131,7 +134,7 @@ def _add_reshard(commands: Commands) -> None:
 
 
 def _reshard(parsed: argparse.Namespace) -> None:
-    parsed.captions, parsed.images = "::".join(parsed.sources), None
+    parsed.captions, parsed.images, parsed.outside = "::".join(parsed.sources), None, False
     _run_build(parsed, ReadOptions(kind="tar"))
 
 
@@ -178,9 +181,9 @@ def _info(parsed: argparse.Namespace) -> None:
     )
     print(report.text(made.content))
     if parsed.json:
-        store.write_bytes(parsed.json, made.json().encode())
+        store.write_text(parsed.json, made.json())
     if parsed.html:
-        store.write_bytes(parsed.html, report_page.page(made).encode())
+        store.write_text(parsed.html, report_page.page(made))
 
 
 def _add_synthesize(commands: Commands) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +14,11 @@ from .. import manifest
 from ..imagery import geotiff
 from ..options import BuildOptions
 from ..readers import formats as readers
-from ..readers import intake
+from ..readers import intake, tar_files
 from ..records import SPLITS, Rejection, ShardError
 from ..running import engines
 from ..storage import store
+from ..storage.locking import one_writer
 from .folder import BuildFolder
 from .plan import Plan
 from .writer import DiskFull, ShardJob, ShardResult, write_shard
@@ -62,6 +63,7 @@ def build(
     engine: str = "auto",
     strict: bool = False,
     overwrite: bool = False,
+    outside: bool = False,
     dry_run: bool = False,
     progress: bool = False,
 ) -> BuildSummary:
@@ -76,6 +78,7 @@ def build(
         workers: processes (or threads, or Ray CPUs, as `engine` says).
         strict: raise at the first problem that would otherwise be a row in rejected.jsonl.
         overwrite: replace another build in `out` instead of refusing.
+        outside: let the captions name images outside `images`, also by URLs.
         dry_run: read the captions, plan and estimate, but write nothing.
     Raises:
         ShardError: the source cannot be read, nothing is left to write, `out` holds another build.
@@ -84,7 +87,10 @@ def build(
     options = options or BuildOptions()
     started = time.monotonic()
     root = images if images is not None else captions if store.is_folder(captions) else store.parent(captions)
-    found = intake.to_records(readers.read(captions, options.read), root, options.read, options.seed)
+    kind, why = readers.kind_of(captions, options.read)
+    _require_apart(captions, kind, out)
+    entries = readers.read_as(kind, why, captions, options.read)
+    found = intake.to_records(entries, root, options.read, options.seed, outside=outside)
     records = geotiff.tiled(found, options.image)
     with Plan(tqdm(records, desc="reading", unit=" images", disable=not progress, leave=False), options) as plan:
         if strict and plan.rejections:
@@ -96,23 +102,48 @@ def build(
             rejected = manifest.count_reasons(plan.rejections)
             return BuildSummary(out, _estimate(plan), rejected, time.monotonic() - started, 0, True, advice)
         folder = BuildFolder(out, options, plan)
-        if overwrite:
-            folder.clear()
-        content, resumed = folder.finished(), len(plan.shards)
+        content, resumed = None if overwrite else folder.finished(), len(plan.shards)
         if content is None:
-            done = folder.open()
-            resumed = len(done)
-            jobs = (
-                ShardJob(shard.file, shard.split, out, tuple(plan.samples(shard)), options.image, strict)
-                for shard in plan.shards
-                if shard.file not in done
-            )
-            in_memory = any(url.startswith("memory://") for url in (captions, root, out))
-            results = engines.run(write_shard, jobs, engine, workers, in_memory=in_memory)
-            _collect(results, done, folder, plan, progress=progress)
-            content = folder.close(done)
+            store.make_folder(out)
+            with one_writer(out):
+                if overwrite:
+                    folder.clear()
+                content = folder.finished()  # by another builder, in the meantime
+                if content is None:
+                    done = folder.open()
+                    resumed = len(done)
+                    jobs = _jobs(plan, out, options, done, strict=strict)
+                    in_memory = any(url.startswith("memory://") for url in (captions, root, out))
+                    results = engines.run(write_shard, jobs, engine, workers, in_memory=in_memory)
+                    _collect(results, done, folder, plan, progress=progress)
+                    content = folder.close(done)
     seconds = time.monotonic() - started
     return BuildSummary(out, content["splits"], content["rejected"], seconds, resumed, advice=advice)
+
+
+def _jobs(
+    plan: Plan, out: str, options: BuildOptions, done: dict[str, ShardResult], *, strict: bool
+) -> Iterator[ShardJob]:
+    for shard in plan.shards:
+        if shard.file not in done:
+            yield ShardJob(shard.file, shard.split, out, tuple(plan.samples(shard)), options.image, strict)
+
+
+def _require_apart(captions: str, kind: str, out: str) -> None:
+    """Refuse a source that the build would overwrite before or while it reads it.
+
+    Shards are read until the last one is written, so the target must not be their folder, nor lie above or inside it.
+    """
+    if kind == "tar":
+        inside = next((place for place in tar_files.places(captions) if store.overlap(place, out)), None)
+    else:
+        written = () if store.is_folder(captions) else [store.join(out, name) for name in manifest.FILES]
+        inside = next((captions for url in written if store.overlap(captions, url)), None)
+    if inside is not None:
+        raise ShardError(
+            f"{out}: the target and the source {inside} are one, or one lies inside the other, and the source would"
+            " be overwritten. Choose another folder for the shards."
+        )
 
 
 def _collect(

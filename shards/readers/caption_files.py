@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from typing import Any
 
 from ..options import ReadOptions
 from ..records import Entry, Rejection, ShardError
-from ..storage import store
+from ..storage import json_text, store
+from . import fields
 
 
 def read_karpathy(url: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
@@ -15,28 +16,49 @@ def read_karpathy(url: str, options: ReadOptions) -> Iterator[Entry | Rejection]
 
     `raw` is used, not `tokens`: the two differ in places, and tokens have lost their punctuation.
     """
-    content = json.loads(store.read_bytes(url))
+    content = fields.typed(json_text.parse(store.read_bytes(url), url), dict, "the file")
     dataset = content.get("dataset")
-    for row in content["images"]:
-        name = f"{row['filepath']}/{row['filename']}" if row.get("filepath") else row["filename"]
-        meta = {"dataset": dataset} if dataset else {}
-        captions = tuple(sentence["raw"] for sentence in row["sentences"])
-        yield Entry(name, captions, split=row.get("split"), label=row.get("class") or row.get("label"), meta=meta)
+    meta = {"dataset": dataset} if dataset else {}
+    for index, row in enumerate(fields.member(content, "images", list, "")):
+        where = f"images[{index}]"
+        name = fields.member(row, "filename", str, where)
+        folder = fields.label(row.get("filepath"), f"{where}.filepath")
+        sentences = fields.member(row, "sentences", list, where) if row.get("sentences", ()) is not None else []
+        captions = tuple(_raw(sentence, f"{where}.sentences[{at}]") for at, sentence in enumerate(sentences))
+        label = row.get("class") or row.get("label")
+        yield Entry(
+            f"{folder}/{name}" if folder else name,
+            captions,
+            split=fields.label(row.get("split"), f"{where}.split"),
+            label=fields.label(label, f"{where}.class"),
+            meta=meta,
+        )
+
+
+def _raw(sentence: Any, where: str) -> str:
+    """The caption of a sentence; blank where it is null, so that it is counted."""
+    if isinstance(sentence, dict) and sentence.get("raw", "") is None:
+        return ""
+    return fields.member(sentence, "raw", str, where)
 
 
 def read_nwpu(url: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
     """NWPU-Captions: {class: [{"filename", "split", "raw", "raw_1" .. "raw_4"}]}."""
-    for label, rows in json.loads(store.read_bytes(url)).items():
-        for row in rows:
+    content = json_text.parse(store.read_bytes(url), url)
+    for label, rows in fields.typed(content, dict, "the file").items():
+        for index, row in enumerate(fields.typed(rows, list, label)):
+            where = f"{label}[{index}]"
+            file = fields.member(row, "filename", str, where)
             names = sorted(key for key in row if key == "raw" or key.startswith("raw_"))
             if not names:
-                raise KeyError("raw")
-            yield Entry(row["filename"], tuple(row[name] for name in names), split=row.get("split"), label=label)
+                raise KeyError(f"{where} has no 'raw'")
+            captions = tuple("" if row[name] is None else fields.member(row, name, str, where) for name in names)
+            yield Entry(file, captions, split=fields.label(row.get("split"), f"{where}.split"), label=label)
 
 
 def read_precomp(folder: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
     """SPLIT_caps.txt (a caption per line) beside SPLIT_filename.txt (a line per image, or per caption)."""
-    caption_files = [name for name in store.listing(folder) if name.endswith("_caps.txt")]
+    caption_files = [name for name in store.names(folder) if name.endswith("_caps.txt")]
     if not caption_files:
         raise ShardError(f"{folder}: holds no *_caps.txt.")
     for name in caption_files:
@@ -48,7 +70,8 @@ def read_precomp(folder: str, options: ReadOptions) -> Iterator[Entry | Rejectio
 
 
 def _lines(url: str) -> list[str]:
-    return store.read_bytes(url).decode().rstrip("\n").split("\n")
+    text = fields.decoded(store.read_bytes(url), url)
+    return [line.rstrip("\r") for line in text.rstrip("\n").split("\n")]
 
 
 def _grouped(files: list[str], captions: list[str], where: str) -> Iterator[tuple[str, list[str]]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..imagery.prepare import EXTENSIONS
 from ..options import ReadOptions
 from ..records import Entry, Rejection, ShardError
-from ..storage import store
+from ..storage import json_text, store
 from .caption_files import read_karpathy, read_nwpu, read_precomp
 from .folders import read_folder
 from .tables import TABLES, read_hf, read_table
@@ -53,14 +52,31 @@ def read(captions: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
     Raises:
         ShardError: the source is not what its kind says; the message tells how the kind was chosen.
     """
-    kind, why = (options.kind, "as asked") if options.kind != "auto" else detect(captions)
+    return read_as(*kind_of(captions, options), captions, options)
+
+
+def kind_of(captions: str, options: ReadOptions) -> tuple[str, str]:
+    """The kind of a source and why it is taken for that: because the options say so, or as it looks."""
+    return (options.kind, "as asked") if options.kind != "auto" else detect(captions)
+
+
+def read_as(kind: str, why: str, captions: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
+    """`read`, of a kind that is known."""
     try:
         yield from READERS[kind](captions, options)
-    except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ShardError, OSError):
+        raise
+    except Exception as error:  # the fields', and whatever pyarrow and datasets raise for damaged files
         raise ShardError(
-            f"{captions}: read as {kind} ({why}), but it is not: {type(error).__name__}: {error}."
-            f" Name the right format with --kind ({', '.join(READERS)})."
+            f"{captions}: read as {kind} ({why}), but it is not: {type(error).__name__}: {_line(error)}."
+            f" Correct it, or name the right format with --kind ({', '.join(READERS)})."
         ) from error
+
+
+def _line(error: Exception) -> str:
+    """The message of an error in one line; KeyError would put its own in quotes."""
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    return " ".join(text.split())
 
 
 def _detect_folder(folder: str) -> tuple[str, str]:
@@ -79,7 +95,7 @@ def _detect_folder(folder: str) -> tuple[str, str]:
 
 
 def _detect_json(url: str) -> tuple[str, str]:
-    content: Any = json.loads(store.read_bytes(url))
+    content: Any = json_text.parse(store.read_bytes(url), url)
     if isinstance(content, dict) and isinstance(content.get("images"), list):
         return "karpathy", "a JSON object with a list 'images'"
     if isinstance(content, dict) and all(isinstance(value, list) for value in content.values()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import PurePosixPath
@@ -10,13 +11,21 @@ from ..imagery.prepare import EXTENSIONS
 from ..options import ReadOptions
 from ..records import SPLITS, Entry, Location, Record, Rejection, clean_caption
 from ..storage import store
+from . import fields
+
+_MISSING = ("nan", "NaN", "None", "null", "NULL", "<NA>")
+"""What careless programs write into a table where a caption is missing."""
 
 
 class ImageFolder:
-    """Finds images by the names that caption files use: exact, elsewhere below the root, or with another extension."""
+    """Finds images by the names that caption files use: exact, elsewhere below the root, or with another extension.
 
-    def __init__(self, root: str) -> None:
+    Names that lead out of the root, like ../a.jpg, /a.jpg or http://host/a.jpg, are found only where `outside` is set.
+    """
+
+    def __init__(self, root: str, *, outside: bool = False) -> None:
         self.root = root
+        self._outside = outside
         self._index: dict[str, list[str]] | None = None
 
     def find(self, name: str) -> str | None:
@@ -24,8 +33,11 @@ class ImageFolder:
 
         Raises:
             LookupError: several files below the root fit the name equally well.
+            PermissionError: it leads out of the root.
         """
         direct = store.join(self.root, name)
+        if not self._outside and not store.is_inside(direct, self.root):
+            raise PermissionError(f"lies outside {self.root or 'the working directory'}")
         if not store.is_local(direct):
             if direct.startswith(("http://", "https://")) or "://" in name:
                 return direct  # such stores cannot be listed; a missing image shows when it is read
@@ -53,16 +65,31 @@ class ImageFolder:
 
 
 def to_records(
-    entries: Iterable[Entry | Rejection], images: str | None, options: ReadOptions, seed: int
+    entries: Iterable[Entry | Rejection],
+    images: str | None,
+    options: ReadOptions,
+    seed: int,
+    *,
+    outside: bool = False,
 ) -> Iterator[Record | Rejection]:
-    """Clean entries one by one, in order; what cannot be used comes out as a rejection instead."""
-    folder = ImageFolder(images or "")
+    """Clean entries one by one, in order; what cannot be used comes out as a rejection instead.
+
+    Args:
+        outside: let entries name images outside the folder `images`.
+    """
+    folder = ImageFolder(images or "", outside=outside)
     seen: dict[bytes, str] = {}
     for entry in entries:
         if isinstance(entry, Rejection):
             yield entry
             continue
         name = entry.image if isinstance(entry.image, str) else entry.source or entry.image_id or entry.image.url
+        if not name:
+            yield Rejection("", "no image", f"no name stands beside the captions, e.g. {entry.captions[:1]}")
+            continue
+        if not _encodable(name, entry):
+            yield Rejection(name, "not UTF-8", "its name, class or JSON is no valid Unicode; rename it")
+            continue
         split = _split(entry, options, seed)
         if split not in SPLITS:
             yield Rejection(name, "unknown split", f"{split!r}; rename it with --split-map {split}=train")
@@ -72,10 +99,8 @@ def to_records(
         if digest in seen:
             yield Rejection(name, "duplicate key", f"{identity!r} in {split} came before in {seen[digest]}")
             continue
-        captions = tuple(filter(None, map(clean_caption, entry.captions)))
-        for index, caption in enumerate(entry.captions):
-            if not clean_caption(caption):
-                yield Rejection(name, "blank caption", f"caption {index} of {len(entry.captions)}")
+        captions, problems = _clean(entry.captions, name)
+        yield from problems
         if not captions:
             yield Rejection(name, "no captions", "every caption is blank" if entry.captions else "none given")
             continue
@@ -85,6 +110,30 @@ def to_records(
             continue
         seen[digest] = split
         yield Record(identity, place, name, captions, split, entry.label, entry.meta)
+
+
+def _encodable(name: str, entry: Entry) -> bool:
+    try:
+        text = json.dumps(entry.meta, ensure_ascii=False) if entry.meta else ""
+    except RecursionError:
+        return False
+    return fields.encodable(name, entry.image_id, entry.label, entry.split, text)
+
+
+def _clean(captions: tuple[str, ...], name: str) -> tuple[tuple[str, ...], list[Rejection]]:
+    """The captions that can be used, and a rejection for each other one."""
+    kept, problems = [], []
+    for index, caption in enumerate(captions):
+        text, which = clean_caption(caption), f"caption {index} of {len(captions)}"
+        if not text:
+            problems.append(Rejection(name, "blank caption", which))
+        elif text in _MISSING:
+            problems.append(Rejection(name, "blank caption", f"{which} is {text!r}, which stands for a missing one"))
+        elif not fields.encodable(text):
+            problems.append(Rejection(name, "caption not Unicode", f"{which} has half a character: {text!a:.80}"))
+        else:
+            kept.append(text)
+    return tuple(kept), problems
 
 
 def _stem(name: str) -> str:
@@ -115,6 +164,8 @@ def _locate(entry: Entry, folder: ImageFolder) -> Location | Rejection:
         url = folder.find(entry.image)
     except LookupError as error:
         return Rejection(entry.image, "ambiguous image", str(error))
+    except PermissionError as error:
+        return Rejection(entry.image, "image outside", f"{error}; give --images a folder that holds it, or --outside")
     if url is None:
         where = folder.root or "the working directory"
         return Rejection(entry.image, "missing image", f"no such file below {where}, with any image extension")

@@ -5,13 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
+from pathlib import PurePosixPath
 from typing import Any
 
+from ..imagery.prepare import EXTENSIONS
 from ..options import ReadOptions
 from ..records import Entry, Location, Rejection, ShardError
-from ..storage import store
+from ..storage import json_text, store
+from . import fields
 
 IMAGE_COLUMNS = (
     "filepath",
@@ -43,9 +47,15 @@ def read_table(url: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
         if name not in columns:
             raise ShardError(f"{url}: no column {name!r}; it has {', '.join(columns)}.")
     for name, rows in _by_image(url, image):
-        texts = tuple(text for row in rows for column in captions for text in _texts(row[column]))
-        where = rows[0].get(split) if split else None
-        yield Entry(name, texts, split=str(where) if where else None, label=_label(rows[0], label))
+        texts = tuple(
+            text for row in rows for column in captions for text in fields.captions(row[column], f"{name}: {column}")
+        )
+        splits = dict.fromkeys(fields.label(row.get(split), "split") for row in rows) if split else {None: None}
+        if len(splits) > 1:
+            yield Rejection(name, "several splits", f"its rows say {', '.join(map(str, splits))}")
+            continue
+        where = next(iter(splits))
+        yield Entry(name, texts, split=where, label=_label(rows[0], label))
 
 
 def read_hf(url: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
@@ -60,10 +70,10 @@ def read_hf(url: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
         names = getattr(table.features[label], "names", None) if label else None
         texts_only = table.select_columns([name for name in columns if name != image])
         for index, row in enumerate(texts_only):
-            texts = tuple(text for column in captions for text in _texts(row[column]))
-            text_label = names[row[label]] if label and names else _label(row, label)
+            texts = tuple(text for column in captions for text in fields.captions(row[column], f"row {index}.{column}"))
+            text_label = _class_name(row[label], names) if label and names else _label(row, label)
             place = Location(folder, row=index, column=image)
-            part = row.get(options.split_column or "split") or split
+            part = fields.label(row.get(options.split_column or "split"), f"row {index}: split") or split
             yield Entry(place, texts, split=part, label=text_label, image_id=f"{split or 'row'}_{index:08d}")
 
 
@@ -96,42 +106,99 @@ def _by_image(url: str, image: str) -> Iterator[tuple[str, list[Row]]]:
     """Rows by image: neighbours as they come, all of the table in memory only if one image's rows lie apart."""
     seen: set[int] = set()
     apart = False
-    for name, _ in itertools.groupby(_rows(url), key=lambda row: row[image]):
+    for name, _ in itertools.groupby(_named_rows(url, image), key=itemgetter(0)):
         apart = apart or hash(name) in seen
         seen.add(hash(name))
     if not apart:
-        yield from ((str(name), list(rows)) for name, rows in itertools.groupby(_rows(url), key=lambda row: row[image]))
+        neighbours = itertools.groupby(_named_rows(url, image), key=itemgetter(0))
+        yield from ((name, [row for _, row in rows]) for name, rows in neighbours)
         return
     groups: dict[str, list[Row]] = {}
-    for row in _rows(url):
-        groups.setdefault(str(row[image]), []).append(row)
+    for name, row in _named_rows(url, image):
+        groups.setdefault(name, []).append(row)
     yield from groups.items()
 
 
-def _rows(url: str) -> Iterator[Row]:
+def _named_rows(url: str, image: str) -> Iterator[tuple[str, Row]]:
+    """Rows with the name of their image; blank where there is none."""
+    for number, row in enumerate(_rows(url, image)):
+        yield fields.label(row[image], f"row {number}.{image}") or "", row
+
+
+def _rows(url: str, image: str) -> Iterator[Row]:
     if url.endswith(".parquet"):
         for batch in _parquet(url).iter_batches(8192):
             yield from batch.to_pylist()
         return
+    lines = _csv_lines(url)
+    _, header = next(lines)
+    at = header.index(image)
+    for line, row in lines:
+        if len(row) != len(header):
+            raise ShardError(f"{url}: line {line} has not as many fields as the header; is a caption unquoted?")
+        if any("\n" in field or "\r" in field for field in row) and _swallows(row, at, _delimiter(url)):
+            raise ShardError(f"{url}: line {line}: a quoted field goes on over other rows; {_QUOTES}")
+        yield dict(zip(header, row, strict=True))
+
+
+def _csv_lines(url: str) -> Iterator[tuple[int, list[str]]]:
+    """Rows that are not empty, with the number of the line where each begins.
+
+    Raises:
+        ShardError: a quote is left open or stands where none may, a field is too long, a line is not UTF-8.
+    """
     with store.open_read(url) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        for number, row in enumerate(csv.DictReader(text, delimiter=_delimiter(url)), start=2):
-            if None in row or None in row.values():
-                raise ShardError(f"{url}: line {number} has not as many fields as the header; is a caption unquoted?")
-            yield row
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.reader(text, delimiter=_delimiter(url), strict=True)
+        while True:
+            line = reader.line_num + 1
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise ShardError(f"{url}: line {line}: {error}; {_QUOTES}") from error
+            if not fields.encodable(*row):
+                raise fields.not_utf8(url, line)
+            if row:
+                yield line, row
+
+
+_QUOTES = 'is a quote stray? A quoted field begins and ends with ", and a " within it is doubled.'
+
+
+def _swallows(row: list[str], image: int, delimiter: str) -> bool:
+    """True if lines within a field look like rows: where the image's name stands in a row they have one like it."""
+    kind = _suffix(row[image])
+    for column, field in enumerate(row):
+        first, *lines = (line.split(delimiter) for line in re.split("[\r\n]+", field))
+        ends = [first[image - column]] if lines and column < image < column + len(first) else []
+        names = ends + [cells[image] for cells in lines if len(cells) > image]
+        if any(_suffix(name) in EXTENSIONS for name in names):
+            return True
+        if not kind and any(len(cells) == len(row) for cells in lines):
+            return True
+    return False
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name.strip(' "')).suffix.lower()
 
 
 def _columns(url: str) -> list[str]:
     if url.endswith(".parquet"):
-        return list(_parquet(url).schema_arrow.names)
-    with store.open_read(url) as file:
-        header = file.readline().decode("utf-8-sig")
-    return next(csv.reader([header], delimiter=_delimiter(url)), [])
+        columns = list(_parquet(url).schema_arrow.names)
+    else:
+        columns = next(_csv_lines(url), (1, list[str]()))[1]
+    doubles = [name for name in columns if columns.count(name) > 1]
+    if doubles:
+        raise ShardError(f"{url}: two columns are called {doubles[0]!r}; rename one of them.")
+    return columns
 
 
 def _delimiter(url: str) -> str:
     with store.open_read(url) as file:
-        header = file.readline().decode("utf-8-sig")
+        header = re.split("[\r\n]", file.readline().decode("utf-8-sig", "replace"))[0]
     return "\t" if "\t" in header else ";" if ";" in header and "," not in header else ","
 
 
@@ -141,21 +208,6 @@ def _parquet(url: str) -> Any:
     except ImportError as error:
         raise ShardError(f"{url}: reading Parquet needs `pip install pyarrow`.") from error
     return pyarrow.parquet.ParquetFile(store.open_read(url))
-
-
-def _texts(value: Any) -> list[str]:
-    """One caption, or several as a list or a JSON list."""
-    if value is None:
-        return []
-    if isinstance(value, str):
-        if value.startswith("[") and value.endswith("]"):
-            try:
-                value = json.loads(value)
-            except ValueError:
-                return [value]
-            return [str(text) for text in value]
-        return [value]
-    return [str(text) for text in value] if isinstance(value, Sequence) else [str(value)]
 
 
 def _first(columns: Sequence[str], wanted: Iterable[str], where: str, what: str) -> str:
@@ -170,11 +222,17 @@ def _named(columns: Sequence[str], asked: str | None, usual: Sequence[str]) -> s
 
 
 def _label(row: Row, column: str | None) -> str | None:
-    return str(row[column]) if column and row.get(column) not in (None, "") else None
+    return fields.label(row.get(column), column) if column else None
+
+
+def _class_name(number: int | None, names: Sequence[str]) -> str | None:
+    """The name of a class by its number; -1 and null stand for an image without one."""
+    return None if number is None or number < 0 else names[number]
 
 
 def _hf_splits(url: str) -> list[tuple[str, str | None]]:
     listing = store.join(url, "dataset_dict.json")
     if not store.exists(listing):
         return [(url, None)]
-    return [(store.join(url, split), split) for split in json.loads(store.read_bytes(listing))["splits"]]
+    content = json_text.parse(store.read_bytes(listing), listing)
+    return [(store.join(url, split), split) for split in fields.member(content, "splits", list, "")]

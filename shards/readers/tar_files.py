@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from collections.abc import Iterator
@@ -10,11 +9,13 @@ from typing import IO, Any
 
 import braceexpand
 
+from .. import manifest
 from ..imagery.prepare import EXTENSIONS
 from ..options import ReadOptions
 from ..records import SPLITS, Entry, Location, Rejection, ShardError
-from ..storage import store
+from ..storage import json_text, store
 from ..storage.tars import Member, read_member, samples
+from . import fields
 
 _IMAGES = {*(extension[1:] for extension in EXTENSIONS), "img_content", "image", "img"}
 _TEXTS = ("txt", "caption", "captions", "text")
@@ -35,16 +36,25 @@ def read_tar(pattern: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
             try:
                 for key, members in samples(file):
                     entry, index = _entry(url, file, key, members, options, prefix if len(sources) > 1 else "")
-                    if isinstance(entry, Entry) and index is not None:
-                        pairs.setdefault(entry.image_id or key, {})[index] = entry
-                    else:
+                    if isinstance(entry, Rejection) or index is None:
                         yield entry
+                    elif index in (group := pairs.setdefault(entry.image_id or key, {})):
+                        yield Rejection(f"{url}:{key}", "duplicate key", f"caption {index} of its image came before")
+                    else:
+                        group[index] = entry
             except tarfile.TarError as error:
                 yield Rejection(url, "damaged tar", f"{error}; samples behind the damage are lost")
     for group in pairs.values():
-        captions = tuple(group[index].captions[0] for index in sorted(group))
+        captions = tuple(text for index in sorted(group) for text in group[index].captions)
         first = group[min(group)]
         yield Entry(first.image, captions, first.split, first.label, first.image_id, first.meta, first.source)
+
+
+def places(pattern: str) -> Iterator[str]:
+    """The folders and tars that a pattern names, and the tars in those folders."""
+    for source in pattern.split("::"):
+        yield from braceexpand.braceexpand(source)
+        yield from expand(source)
 
 
 def expand(pattern: str) -> list[str]:
@@ -56,6 +66,7 @@ def expand(pattern: str) -> list[str]:
     urls: list[str] = []
     for url in braceexpand.braceexpand(pattern):
         if store.is_folder(url):
+            _require_finished(url)
             urls += [store.join(url, name) for name in store.listing(url) if name.endswith(".tar")]
         else:
             urls.append(url)
@@ -65,54 +76,72 @@ def expand(pattern: str) -> list[str]:
     return urls
 
 
+def _require_finished(folder: str) -> None:
+    state, finished = (store.join(folder, name) for name in (f"{manifest.STATE}/state.json", "manifest.json"))
+    if store.exists(state) and not store.exists(finished):
+        raise ShardError(f"{folder}: its build is unfinished. Let the command that began it end it.")
+
+
 def _entry(
     url: str, file: IO[bytes], key: str, members: list[Member], options: ReadOptions, prefix: str
 ) -> tuple[Entry | Rejection, int | None]:
+    """A sample, and which caption of its image it holds in a `pair` layout of ours."""
     by_extension = {member.extension: member for member in members}
     wanted = {options.image_member} if options.image_member else _IMAGES
     image = next((member for member in members if member.extension in wanted), None)
     if image is None:
         found = ", ".join(sorted(by_extension))
         return Rejection(f"{url}:{key}", "no image", f"members are {found}; name the image: --image-member"), None
-    metadata = _json(file, by_extension["json"]) if "json" in by_extension else {}
-    captions: list[str] = []
-    for name in options.caption_columns or _TEXTS:
-        if name in by_extension and not captions:
-            captions = _captions(read_member(file, by_extension[name]).decode("utf-8", "replace"))
-    for name in options.caption_columns or _CAPTION_KEYS:
-        if name in metadata and not captions:
-            value = metadata[name]
-            captions = [value] if isinstance(value, str) else list(value)
-    ours = "image_id" in metadata and "sha256" in metadata
-    meta = {name: value for name, value in metadata.items() if not _OWN.fullmatch(name)} if ours else {}
-    return Entry(
-        Location(url, offset=image.offset, size=image.size),
-        tuple(captions),
-        split=metadata.get("split") or _split_of(url),
-        label=metadata.get("class"),
-        image_id=prefix + metadata.get("image_id", key),
-        meta=meta,
-        source=metadata.get("source", f"{store.base_name(url)}:{image.name}"),
-    ), metadata.get("caption_index") if ours else None
-
-
-def _captions(text: str) -> list[str]:
-    """Lines, or a JSON string or list of strings."""
-    if text[:1] in '["':
-        try:
-            value = json.loads(text)
-        except ValueError:
-            return text.split("\n")
-        return [value] if isinstance(value, str) else [str(item) for item in value]
-    return text.rstrip("\n").split("\n")
-
-
-def _json(file: IO[bytes], member: Member) -> dict[str, Any]:
     try:
-        content = json.loads(read_member(file, member))
-    except ValueError:
+        texts = [_text(file, by_extension[name]) for name in options.caption_columns or _TEXTS if name in by_extension]
+        metadata = read_metadata(file, by_extension.get("json"))
+        captions = _lines(texts[0]) if texts else []
+        for name in options.caption_columns or _CAPTION_KEYS:
+            captions = captions or fields.captions(metadata.get(name), name)
+        ours = "image_id" in metadata and "sha256" in metadata
+        pair = ours and "caption_index" in metadata
+        index = fields.typed(metadata["caption_index"], int, "caption_index") if pair else None
+        name = fields.label(metadata.get("image_id"), "image_id") or key
+        split = fields.label(metadata.get("split"), "split") or _split_of(url)
+        label = fields.label(metadata.get("class"), "class")
+        source = fields.label(metadata.get("source"), "source") or f"{store.base_name(url)}:{image.name}"
+    except (KeyError, TypeError, ShardError, UnicodeDecodeError) as error:
+        return Rejection(f"{url}:{key}", "damaged sample", str(error)), None
+    meta = {name: value for name, value in metadata.items() if not _OWN.fullmatch(name)} if ours else {}
+    location = Location(url, offset=image.offset, size=image.size)
+    entry = Entry(location, tuple(captions), split, label, prefix + name, meta, source)
+    return entry, index
+
+
+def read_metadata(file: IO[bytes], member: Member | None) -> dict[str, Any]:
+    """The JSON of a sample; empty where it has none.
+
+    Raises:
+        ShardError: it is no JSON object.
+    """
+    if member is None:
         return {}
-    return content if isinstance(content, dict) else {}
+    content = json_text.parse(read_member(file, member), member.name)
+    if not isinstance(content, dict):
+        raise ShardError(f"{member.name}: not a JSON object.")
+    return content
+
+
+def _text(file: IO[bytes], member: Member) -> str:
+    try:
+        return read_member(file, member).decode()
+    except UnicodeDecodeError as error:
+        raise ShardError(f"{member.name}: not UTF-8 ({error}).") from error
+
+
+def _lines(text: str) -> list[str]:
+    """Captions, a line each, or a JSON string or list of strings."""
+    if text[:1] in ("[", '"'):
+        try:
+            return fields.captions(json_text.parse(text, ""), "captions")
+        except json_text.JsonError:
+            return text.split("\n")
+    return text.rstrip("\n").split("\n")
 
 
 def _name_of(part: str) -> str:
