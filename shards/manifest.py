@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
@@ -16,9 +17,12 @@ import PIL
 from .building.writer import ShardResult
 from .options import BuildOptions
 from .records import SPLITS, Rejection, ShardError
-from .storage import store
+from .storage import json_text, store
+from .storage.tars import SUM_BYTES
 
 FORMAT = 1
+STATE = ".build"
+"""Folder inside, for as long as the build is unfinished."""
 FILES = ("manifest.json", "sizes.json", "rejected.jsonl")
 
 
@@ -52,22 +56,81 @@ def make(
     }
 
 
+class ForeignManifest(ShardError):
+    """A manifest.json of another program."""
+
+
 def read(folder: str) -> dict[str, Any]:
     """The manifest of a folder of shards.
 
     Raises:
-        ShardError: there is none, or it is no manifest of ours.
+        ShardError: there is none, or it is damaged.
+        ForeignManifest: it is no manifest of ours.
     """
     url = store.join(folder, "manifest.json")
     try:
-        content = json.loads(store.read_bytes(url))
+        content = json_text.parse(store.read_bytes(url), url)
     except FileNotFoundError as error:
         raise ShardError(f"{url}: no such file; the folder holds no finished build.") from error
-    except ValueError as error:
-        raise ShardError(f"{url}: not JSON ({error}).") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ShardError(f"{url}: not a manifest of format {FORMAT}.")
+        raise ForeignManifest(f"{url}: not a manifest of format {FORMAT}.")
+    try:
+        _check(content)
+    except _Damage as damage:
+        raise ShardError(f"{url}: damaged: {damage}. Copy it again, or build again with --overwrite.") from damage
     return content
+
+
+class _Damage(ValueError):
+    """Where a manifest is not what we write."""
+
+
+_SHARD = {
+    "file": str, "split": str, "samples": int, "images": int, "captions": int, "size_bytes": int, "sha256": str,
+    "sums": str,
+}  # fmt: skip
+_SPLIT = {"shards": int, "pattern": str, "samples": int, "images": int, "captions": int, "size_bytes": int}
+
+
+def _check(content: dict[str, Any]) -> None:
+    """What readers of a manifest rely on: its parts are there, of their types, and name nothing outside the folder."""
+    parts = {"fingerprint": str, "layout": str, "options": dict, "splits": dict, "rejected": dict, "shards": list}
+    _check_fields(content, parts, "")
+    _check_fields(content["rejected"], dict.fromkeys(content["rejected"], int), "rejected.")
+    for split, row in content["splits"].items():
+        if split not in SPLITS:
+            raise _Damage(f"splits: {split!r} is not one of {', '.join(SPLITS)}")
+        _check_fields(row, _SPLIT, f"splits.{split}.")
+    names = set()
+    for index, row in enumerate(content["shards"]):
+        _check_fields(row, _SHARD, f"shards[{index}].")
+        file = row["file"]
+        if not _FILE.fullmatch(file) or file in names:
+            raise _Damage(
+                f"shards[{index}].file: {file!r} is {'there twice' if file in names else 'no name of a shard'}"
+            )
+        names.add(file)
+        if row["split"] not in content["splits"]:
+            raise _Damage(f"shards[{index}].split: {row['split']!r} is not among the splits")
+        blocks = -(-row["size_bytes"] // SUM_BYTES)
+        if not re.fullmatch(r"[0-9a-f]{8}( [0-9a-f]{8})*", row["sums"]) or len(row["sums"].split()) != blocks:
+            raise _Damage(f"shards[{index}].sums: not a checksum for each of {blocks} MiB")
+
+
+_FILE = re.compile(r"[^/\\\0]+-\d{6}\.tar")
+
+
+def _check_fields(row: Any, fields: Mapping[str, type], where: str) -> None:
+    if not isinstance(row, dict):
+        raise _Damage(f"{where.rstrip('.')}: {type(row).__name__} where an object is expected")
+    for name, kind in fields.items():
+        value = row.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+            found = f"{value!r:.40}" if name in row else "missing"
+            raise _Damage(f"{where}{name}: {found} where {_EXPECTED[kind]} is expected")
+
+
+_EXPECTED = {int: "a number", str: "text", list: "a list", dict: "an object"}
 
 
 def write(folder: str, manifest: dict[str, Any], rejections: list[Rejection]) -> None:
@@ -75,13 +138,13 @@ def write(folder: str, manifest: dict[str, Any], rejections: list[Rejection]) ->
     write_rejections(folder, rejections)
     sizes = {row["file"]: row["samples"] for row in manifest["shards"]}
     store.write_bytes(store.join(folder, "sizes.json"), json.dumps(sizes, indent=1).encode())
-    store.write_bytes(store.join(folder, "manifest.json"), json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+    store.write_text(store.join(folder, "manifest.json"), json.dumps(manifest, indent=1, ensure_ascii=False))
 
 
 def write_rejections(folder: str, rejections: list[Rejection]) -> None:
     """rejected.jsonl, a row for each problem."""
     lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rejections)
-    store.write_bytes(store.join(folder, "rejected.jsonl"), "".join(lines).encode())
+    store.write_text(store.join(folder, "rejected.jsonl"), "".join(lines))
 
 
 def count_reasons(rejections: Iterable[Rejection]) -> dict[str, int]:

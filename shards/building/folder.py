@@ -10,11 +10,9 @@ from typing import Any
 from .. import manifest
 from ..options import BuildOptions
 from ..records import SPLITS, Rejection, ShardError
-from ..storage import store
+from ..storage import json_text, sources, store
 from .plan import Plan
 from .writer import ShardResult
-
-STATE = ".build"  # folder inside, for as long as the build is unfinished
 
 
 class BuildFolder:
@@ -25,7 +23,9 @@ class BuildFolder:
         self._options = options
         self._plan = plan
         self._mark = manifest.fingerprint(options, plan.digest)
-        self._state = store.join(url, STATE)
+        self._state = store.join(url, manifest.STATE)
+        if store.is_link(self._state):
+            raise ShardError(f"{self._state}: a link, where the builder keeps its notes. Remove it.")
 
     def finished(self) -> dict[str, Any] | None:
         """The manifest, if this very build stands here finished.
@@ -54,22 +54,21 @@ class BuildFolder:
             ShardError: shards or an unfinished build of other origin are here.
         """
         store.make_folder(self._state)
-        state = store.join(self._state, "state.json")
-        if store.exists(state):
-            before = json.loads(store.read_bytes(state))
+        before = self._unfinished()
+        if before is not None:
             if before["fingerprint"] == self._mark:
                 return self._so_far()
             raise ShardError(
                 f"{self.url}: holds an unfinished build from other input or options"
                 f" ({self._difference(before['options'])}). Give it the same ones, or pass --overwrite to start again."
             )
-        stray = [name for name in store.listing(self.url) if self._is_shard(name)]
+        stray = [name for name in store.names(self.url) if self._is_shard(name) or name in manifest.FILES]
         if stray:
             raise ShardError(
                 f"{self.url}: holds shards already, e.g. {stray[0]}. Choose another folder or pass --overwrite."
             )
         content = {"fingerprint": self._mark, "options": self._options.to_dict()}
-        store.write_bytes(state, json.dumps(content).encode())
+        store.write_bytes(store.join(self._state, "state.json"), json.dumps(content).encode())
         return {}
 
     def note(self, result: ShardResult) -> None:
@@ -94,7 +93,7 @@ class BuildFolder:
             )
         content = manifest.make(self._options, self._mark, results, rejections)
         manifest.write(self.url, content, rejections)
-        store.remove_folder(self._state)
+        self._forget()
         return content
 
     def disk_full(self, done: dict[str, ShardResult], detail: str) -> None:
@@ -103,10 +102,12 @@ class BuildFolder:
             manifest.write_rejections(self.url, [*self.rejections(done), Rejection(self.url, "disk full", detail)])
 
     def remove_half_written(self) -> None:
-        """Remove what killed workers left; those that could clean up behind themselves left nothing."""
-        for name in store.listing(self.url):
-            if name.endswith(store.TEMPORARY):
-                store.remove(store.join(self.url, name))
+        """Remove what killed workers left of this build's files; those that could clean up left nothing."""
+        for folder in (self.url, self._state):
+            for name in store.names(folder):
+                target = store.target_of_temporary(name)
+                if target and self._is_own(target):
+                    store.remove(store.join(folder, name))
 
     def rejections(self, done: dict[str, ShardResult]) -> list[Rejection]:
         """All problems so far, in the order of the plan."""
@@ -114,31 +115,92 @@ class BuildFolder:
         return self._plan.rejections + [row for result in results for row in result.rejections]
 
     def clear(self) -> None:
-        """Remove the shards and files of an earlier build."""
-        for name in store.listing(self.url) if store.exists(self.url) else ():
-            if name in manifest.FILES or self._is_shard(name):
+        """Remove the shards and files of earlier builds, and nothing else that lies here.
+
+        Raises:
+            ShardError: manifest.json is somebody else's.
+        """
+        before = [self._unfinished(damaged={})]
+        if store.exists(store.join(self.url, "manifest.json")):
+            try:
+                before.append(manifest.read(self.url))
+            except manifest.ForeignManifest as error:
+                raise ShardError(f"{error} It is left alone: choose another folder.") from error
+            except ShardError:
+                pass  # damaged
+        earlier = {str(content["options"].get("name", "")) for content in before if content}
+        for name in store.names(self.url):
+            if name in manifest.FILES or any(_is_shard_of(prefix, name) for prefix in {*earlier, self._options.name}):
                 store.remove(store.join(self.url, name))
-        store.remove_folder(self._state)
+        self.remove_half_written()
+        self._forget()
+
+    def _unfinished(self, damaged: dict[str, Any] | None = None) -> dict[str, Any] | None:
+        """What an unfinished build noted of itself; None if there is none.
+
+        Raises:
+            ShardError: the note is damaged, unless `damaged` is to stand for it.
+        """
+        url = store.join(self._state, "state.json")
+        if not store.exists(url):
+            return None
+        try:
+            content = json_text.parse(store.read_bytes(url), url)
+            if isinstance(content, dict) and isinstance(content.get("options"), dict) and "fingerprint" in content:
+                return content
+        except ShardError:
+            pass
+        if damaged is None:
+            raise ShardError(f"{url}: damaged; pass --overwrite to start again.")
+        return damaged
 
     def _so_far(self) -> dict[str, ShardResult]:
+        """Shards that are finished, from images that are still what they were."""
         self.remove_half_written()
-        there = set(store.listing(self.url))
+        there, noted = set(store.names(self.url)), set(store.names(self._state))
         found = {}
+        versions = sources.Versions()
         for shard in self._plan.shards:
-            if shard.file in there and f"{STATE}/{shard.file}.json" in there:
-                result = ShardResult.from_json(store.read_bytes(self._note(shard.file)))
-                if store.size(store.join(self.url, shard.file)) == result.size_bytes:
+            if shard.file in there and f"{shard.file}.json" in noted:
+                result = self._noted(shard.file)
+                images = [sample.record.image for sample in self._plan.samples(shard)]
+                if (
+                    result is not None
+                    and store.size(store.join(self.url, shard.file)) == result.size_bytes
+                    and versions.of(images) == result.versions
+                ):
                     found[shard.file] = result
         return found
+
+    def _noted(self, file: str) -> ShardResult | None:
+        """The note of a finished shard; None where it is damaged, so that the shard is written again."""
+        try:
+            return ShardResult.from_json(store.read_bytes(self._note(file)))
+        except (ShardError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+
+    def _forget(self) -> None:
+        """Remove the notes."""
+        for name in store.names(self._state):
+            if name == "state.json" or self._is_shard(name.removesuffix(".json")):
+                store.remove(store.join(self._state, name))
+        store.remove_empty_folder(self._state)
 
     def _note(self, file: str) -> str:
         return store.join(self._state, f"{file}.json")
 
     def _is_shard(self, name: str) -> bool:
-        prefix = re.escape(f"{self._options.name}-") if self._options.name else ""
-        return re.fullmatch(rf"{prefix}({'|'.join(SPLITS)})-\d{{6}}\.tar", name) is not None
+        return _is_shard_of(self._options.name, name)
+
+    def _is_own(self, name: str) -> bool:
+        return name in (*manifest.FILES, "state.json") or self._is_shard(name.removesuffix(".json"))
 
     def _difference(self, before: dict[str, Any]) -> str:
         now = json.loads(json.dumps(self._options.to_dict()))
         changed = [name for name, value in now.items() if before.get(name) != value]
         return f"changed: {', '.join(changed)}" if changed else "the input changed"
+
+
+def _is_shard_of(prefix: str, name: str) -> bool:
+    before = re.escape(f"{prefix}-") if prefix else ""
+    return re.fullmatch(rf"{before}({'|'.join(SPLITS)})-\d{{6}}\.tar", name) is not None

@@ -13,8 +13,8 @@ from ..imagery.prepare import EncodedImage, prepare
 from ..options import ImageOptions
 from ..records import ImageProblem, Rejection, ShardError
 from ..running import stopping
-from ..storage import store
-from ..storage.sources import read_ahead
+from ..storage import json_text, store
+from ..storage.sources import Versions, read_ahead
 from ..storage.tars import TarSink
 from .plan import Sample
 from .samples import members
@@ -48,6 +48,8 @@ class ShardResult:
     size_bytes: int
     sha256: str
     sums: tuple[int, ...]
+    versions: str
+    """Of the images as they were read, so that a build that goes on knows whether they still are what they were."""
     rejections: tuple[Rejection, ...] = ()
 
     def to_json(self) -> bytes:
@@ -56,15 +58,15 @@ class ShardResult:
 
     @staticmethod
     def from_json(data: bytes) -> ShardResult:
-        """The inverse of `to_json`."""
-        row: dict[str, Any] = json.loads(data)
+        """The inverse of `to_json`; a damaged text raises whatever it leads to."""
+        row: dict[str, Any] = json_text.parse(data, "the note of a shard")
         rejections = tuple(Rejection(**item) for item in row.pop("rejections"))
         return ShardResult(**row | {"sums": tuple(row["sums"])}, rejections=rejections)
 
     def entry(self) -> dict[str, Any]:
         """The shard's row in the manifest."""
         row = asdict(self)
-        del row["rejections"]
+        del row["rejections"], row["versions"]
         row["sums"] = " ".join(f"{crc:08x}" for crc in self.sums)
         return row
 
@@ -80,6 +82,7 @@ def write_shard(job: ShardJob) -> ShardResult:
     images: set[str] = set()
     written = captions = 0
     url = store.join(job.folder, job.file)
+    versions = Versions().of([sample.record.image for sample in job.samples])  # before the first is read
     try:
         with store.atomic_write(url) as file:
             sink = TarSink(file)
@@ -107,7 +110,7 @@ def write_shard(job: ShardJob) -> ShardResult:
             ) from error
         raise
     return ShardResult(
-        job.file, job.split, written, len(images), captions, sink.size, digest, sink.sums, tuple(rejections)
+        job.file, job.split, written, len(images), captions, sink.size, digest, sink.sums, versions, tuple(rejections)
     )
 
 
@@ -124,7 +127,12 @@ def _prepared(
     sample: Sample, data: bytes | Exception | None, options: ImageOptions
 ) -> tuple[EncodedImage, dict[str, Any]]:
     if data is None:
-        return geotiff.prepare(sample.record.image, options)
+        try:
+            return geotiff.prepare(sample.record.image, options)
+        except ShardError:
+            raise
+        except Exception as error:  # GDAL's errors under several types, for damage met late
+            raise ImageProblem(f"cannot be decoded: {type(error).__name__}: {error}") from error
     if isinstance(data, Exception):
         reason = "no such file" if isinstance(data, FileNotFoundError) else f"{type(data).__name__}: {data}"
         raise ImageProblem(f"{sample.record.image.url} cannot be read: {reason}")

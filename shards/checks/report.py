@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import statistics
+import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
 from .. import manifest
-from ..readers.tar_files import expand
+from ..readers import fields
+from ..readers.tar_files import expand, read_metadata
 from ..records import SPLITS, ShardError, clean_caption
 from ..storage import store
-from ..storage.tars import image_of, read_member, samples
+from ..storage.tars import Member, image_of, read_member, samples
 from .duplicates import equal_groups, near_groups, perceptual_hash
 
 SHOWN = 12  # sample images of the report
@@ -128,13 +130,21 @@ def _samples(folders: Sequence[str]) -> Iterator[Seen]:
         prefix = f"{store.base_name(folder)}:" if len(folders) > 1 else ""
         for url in expand(folder):
             with store.open_read(url) as file:
-                for key, members in samples(file):
-                    parts = {member.extension: read_member(file, member) for member in members}
-                    metadata = json.loads(parts.get("json", b"{}"))
-                    captions = metadata.get("captions") or parts.get("txt", b"").decode().split("\n")
-                    image = image_of(parts) or b""
-                    split = prefix + (metadata.get("split") or "unknown")
-                    yield Seen(split, metadata.get("image_id", key), metadata, captions, image)
+                try:
+                    for key, members in samples(file):
+                        yield _seen(file, key, {member.extension: member for member in members}, prefix)
+                except (tarfile.TarError, KeyError, TypeError, ValueError) as error:
+                    raise ShardError(f"{url}: damaged: {error}. `shards verify` finds the place.") from error
+
+
+def _seen(file: IO[bytes], key: str, parts: dict[str, Member], prefix: str) -> Seen:
+    metadata = read_metadata(file, parts.get("json"))
+    text = read_member(file, parts["txt"]).decode() if "txt" in parts else ""
+    captions = fields.captions(metadata.get("captions"), f"{key}.json: captions") or text.split("\n")
+    image = image_of(parts)
+    split = prefix + (fields.label(metadata.get("split"), f"{key}.json: split") or "unknown")
+    image_id = fields.label(metadata.get("image_id"), f"{key}.json: image_id") or key
+    return Seen(split, image_id, metadata, captions, read_member(file, image) if image else b"")
 
 
 def _count(tally: _Tally, seen: Seen) -> None:

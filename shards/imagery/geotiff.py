@@ -74,7 +74,7 @@ def read_pixels(place: Location, options: ImageOptions) -> tuple[Image.Image, di
         window = Window(left, top, width, height)
         try:
             values = scene.read(bands, window=window)
-            valid = np.logical_and.reduce(scene.read_masks(bands, window=window) > 0)
+            valid = np.logical_and.reduce((scene.read_masks(bands, window=window) > 0) & np.isfinite(values))
         except Exception as error:  # rasterio raises GDAL's errors under several types
             raise ImageProblem(f"cannot be decoded: {error}") from error
         if not valid.any():
@@ -100,10 +100,11 @@ def open_scene(url: str) -> Any:
         raise ShardError("--geo reads TIFFs through rasterio: pip install rasterio.") from error
     try:
         if store.is_local(url):
+            store.open_regular(store.local_path(url)).close()  # GDAL would wait for a pipe
             return rasterio.open(store.local_path(url))
         fs, path = store.filesystem(url)
         return rasterio.open(path, opener=fs.open)
-    except rasterio.errors.RasterioIOError as error:
+    except (rasterio.errors.RasterioIOError, OSError, store.NotReadable) as error:
         raise ImageProblem(f"rasterio cannot open it: {error}") from error
 
 
@@ -138,7 +139,8 @@ def _limits_of(url: str, bands: tuple[int, ...], low: float, high: float) -> NDA
     with open_scene(url) as scene:
         shape = (len(bands), min(scene.height, _SAMPLED_PX), min(scene.width, _SAMPLED_PX))
         values = scene.read(bands, out_shape=shape, masked=True)
-    return np.array([np.percentile(band.compressed(), (low, high)) if band.count() else (0, 1) for band in values])
+    known = [band.compressed()[np.isfinite(band.compressed())] for band in values]
+    return np.array([np.percentile(band, (low, high)) if band.size else (0, 1) for band in known])
 
 
 def _limits(url: str, bands: list[int], percentiles: tuple[float, float]) -> NDArray[np.float64]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import struct
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +15,6 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif",
 SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # what open_clip reads from shards
 _PLAIN_MODES = ("RGB", "L", "P", "RGBA", "LA", "1")  # convert("RGB") does the right thing; CMYK and 16 bit are ours
 _ORIENTATION = 0x0112
-_FAILURES = (OSError, SyntaxError, ValueError, struct.error, EOFError, Image.DecompressionBombError)
 
 
 class EncodedImage(NamedTuple):
@@ -52,8 +50,8 @@ def prepare(data: bytes, options: ImageOptions) -> EncodedImage:
         raise ImageProblem("not an image that Pillow reads (16-bit or multi-band TIFFs need --geo)") from error
     except ImageProblem:
         raise
-    except _FAILURES as error:
-        raise ImageProblem(f"cannot be decoded: {error}") from error
+    except Exception as error:  # Pillow raises nearly everything for one broken file or another
+        raise ImageProblem(f"cannot be decoded: {str(error) or type(error).__name__}") from error
 
 
 def encode(image: Image.Image, source_format: str, options: ImageOptions) -> EncodedImage:
@@ -73,10 +71,17 @@ def encode(image: Image.Image, source_format: str, options: ImageOptions) -> Enc
 
 
 def to_8_bit(values: np.ndarray) -> np.ndarray:
-    """Stretch wider data linearly from its minimum and maximum to 0..255."""
-    low, high = float(values.min()), float(values.max())
+    """Stretch wider data linearly from its minimum and maximum to 0..255; NaN and infinities become black.
+
+    Raises:
+        ImageProblem: no pixel is finite.
+    """
+    finite = np.isfinite(values)
+    if not finite.any():
+        raise ImageProblem("no pixel is a finite number")
+    low, high = float(values[finite].min()), float(values[finite].max())
     scaled = (values.astype(np.float64) - low) * (255.0 / max(high - low, 1e-12))
-    return np.asarray(scaled.round(), dtype=np.uint8)
+    return np.asarray(np.where(finite, scaled, 0).round(), dtype=np.uint8)
 
 
 def _passes(image: Image.Image, options: ImageOptions) -> bool:
