@@ -23,6 +23,7 @@ from starts import STARTS, Start
 from msa_openclip.reports.run_plot import plot_run
 from msa_openclip.shards import manifest
 from msa_openclip.steps import CLI, TRAIN, StepError, run, shard_pattern
+from msa_openclip.training.checkpoints import is_whole
 
 AUGMENTATION = ("--aug-cfg", "dihedral=True", "scale=(1.0,1.0)")
 """Flips and quarter turns; whole images, so that nothing is cut off that the caption names."""
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"note: {line}")
     for seed in options.seeds:
         folder = run_folder(options, seed)
-        if (folder / "checkpoints" / f"epoch_{options.epochs}.pt").exists():
+        if is_whole(folder / "checkpoints" / f"epoch_{options.epochs}.pt"):
             print(f"\n{folder} is trained.")
         else:
             run(TRAIN, *train_command(options, shards, splits, seed))

@@ -194,6 +194,19 @@ def test_what_is_trained_is_not_trained_again(finished, recipe, commands, capsys
     assert before == {path.name: path.stat().st_mtime_ns for path in (out / "shards").iterdir()}
 
 
+def test_a_run_whose_last_checkpoint_is_half_written_is_trained_on(finished, recipe, commands) -> None:  # type: ignore[no-untyped-def]
+    given, _, out = finished
+    last = out / "logs/georsclip-MSA-tiny-ViT-seed0/checkpoints/epoch_2.pt"
+    data = last.read_bytes()
+    last.write_bytes(data[:1000])
+    try:
+        recipe.main(given)
+    finally:
+        last.write_bytes(data)
+    trained = next(words for module, words in commands if module == "open_clip_train.main")
+    assert trained[trained.index("--resume") + 1] == "latest"
+
+
 LOG = """INFO | Train Epoch: 0 [ 8/16 (50%)] LR: 0.1 Contrastive_loss: 4.0 (4.0) Match_loss: 2e-1 (0.2) Loss: 9.0 (9.0)
 INFO | Train Epoch: 1 [16/16 (100%)] LR: 0.1 Contrastive_loss: 3.0 (3.5) Match_loss: 0.1 (0.2) Loss: 8.0 (9.0)
 INFO | Eval Epoch: 1 clip_val_loss: 3.3 (3.3)

@@ -60,6 +60,26 @@ def _reporting(original: FunctionType, metrics: dict[str, float]) -> Callable[..
     return with_global(original, "zero_shot_eval", with_retrieval)
 
 
+def extend_params(params: ModuleType) -> None:
+    """Let `--resume latest` of MSA models pass over checkpoints that a kill left half-written.
+
+    open_clip_train.main looks for the latest file by its name only, and stops at one that it cannot load, every time.
+    It looks right after it has parsed its arguments.
+    """
+    original = params.parse_args
+
+    @functools.wraps(original)
+    def parse_args(arguments: Any) -> Any:
+        args = original(arguments)
+        if args.resume == "latest" and args.name and msa_settings(args.model, args.cache_dir) is not None:
+            from ..training.checkpoints import set_aside_half_written
+
+            set_aside_half_written(os.path.join(args.logs, args.name, "checkpoints"))
+        return args
+
+    replace(params, "parse_args", parse_args)
+
+
 def extend_train_data(data: ModuleType) -> None:
     """Let MSA models read shards by our loader; `get_dataset_fn` looks open_clip's own up under this name.
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..data.streams import read_if_there
-from ..shards.storage import store
+from ..shards.storage import json_text, store
 
 
 class ShardDataError(ValueError):
@@ -43,14 +42,23 @@ def shard_sizes(urls: Sequence[str]) -> list[int] | None:
         if content is None:
             continue
         try:
-            folders[folder] = {name: int(size) for name, size in json.loads(content).items()}
-        except (ValueError, TypeError, AttributeError) as error:
+            folders[folder] = _sizes(json_text.parse(content, "JSON"))
+        except ValueError as error:
             raise ShardDataError(
                 f"{folder}/sizes.json: not an object of shard names and numbers of samples ({error}). "
                 "Delete it, or build it again with the shards."
             ) from error
     sizes = [folders.get(store.parent(url), {}).get(store.base_name(url)) for url in urls]
     return None if None in sizes else [size for size in sizes if size is not None]
+
+
+def _sizes(content: Any) -> dict[str, int]:
+    if not isinstance(content, dict):
+        raise ValueError(f"it is a {type(content).__name__}")
+    for name, size in content.items():
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**53:
+            raise ValueError(f"{name}: {size!r:.40}")
+    return content
 
 
 def part_of(count: int, part: int, parts: int) -> tuple[int, int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 import math
+import os
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -13,6 +15,7 @@ import open_clip_train.data
 import pytest
 import webdataset as wds
 from helpers import stream_data
+from helpers.hostile_tars import HOSTILE
 from helpers.stream_data import arguments, caption, image_bytes, image_sample, tar_bytes, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -256,9 +259,11 @@ def test_sizes_come_from_the_folder_of_each_shard(tmp_path: Path) -> None:
     assert shard_sizes([*urls, f"{tmp_path}/a/s-002.tar"]) is None
     union = f"{tmp_path}/a/s-{{000..001}}.tar::{tmp_path}/b/s-000.tar"
     assert dataset(union, batch_size=3).dataloader.num_samples == 9
-    (tmp_path / "b" / "sizes.json").write_text("[4]")
-    with pytest.raises(ShardDataError, match=r"b/sizes\.json: not an object"):
-        shard_sizes(urls)
+    for text in ("[4]", "3", "", "[" * 100_000, '{"s-000.tar": -4}', '{"s-000.tar": "4"}', '{"s-000.tar": 4.5}',
+                 '{"s-000.tar": true}', '{"s-000.tar": NaN}', '{"s-000.tar": 4, "s-000.tar": 5}'):  # fmt: skip
+        (tmp_path / "b" / "sizes.json").write_text(text)
+        with pytest.raises(ShardDataError, match=r"b/sizes\.json: not an object"):
+            shard_sizes(urls)
 
 
 def test_pipes_are_read(tmp_path: Path) -> None:
@@ -268,6 +273,32 @@ def test_pipes_are_read(tmp_path: Path) -> None:
 
 
 # ---- loud failures
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_tars_that_lead_a_reader_astray_end_an_epoch_by_name(tmp_path: Path, what: str, compressed: bool) -> None:
+    path = tmp_path / "a.tar"
+    data = tar_bytes([*image_sample(0, 1), *image_sample(1, 1)]).rstrip(b"\0")
+    data += bytes(-len(data) % 512) + HOSTILE[what]
+    path.write_bytes(gzip.compress(data, 1) if compressed else data)
+    with pytest.raises(StreamError, match=r"a\.tar: damaged, or not a tar"):
+        rows(dataset(str(path), train_num_samples=2, batch_size=1))
+
+
+def test_a_shard_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(StreamError, match=r"a\.tar: not a regular file but a pipe"):
+        dataset(str(tmp_path / "a.tar"), train_num_samples=2)
+
+
+def test_names_that_are_not_utf8_are_left_out_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    samples = [image_sample(number, 1) for number in range(4)]
+    samples[1] = [(name.replace("k001", "caf\udce9"), data) for name, data in samples[1]]
+    data = dataset(wrong(tmp_path, *samples), train_num_samples=4, batch_size=4)
+    with caplog.at_level(logging.WARNING):
+        assert {image for image, _ in rows(data)} == {0, 2, 3}
+    assert r"sample caf\udce9: its name is not UTF-8" in caplog.text
 
 
 def wrong(tmp_path: Path, *samples: list[tuple[str, bytes]]) -> str:

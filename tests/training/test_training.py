@@ -146,6 +146,16 @@ def test_resume_goes_on_where_it_stopped(train, scene_shards) -> None:  # type: 
     assert (second.checkpoints / "epoch_3.pt").is_file()
 
 
+def test_resume_passes_over_a_checkpoint_that_a_kill_cut_off(train, scene_shards) -> None:  # type: ignore[no-untyped-def]
+    data = scene_shards["pair"]
+    first = train(data, "--epochs", "2", "--save-frequency", "1")
+    last = first.checkpoints / "epoch_2.pt"
+    last.write_bytes(last.read_bytes()[:100_000])
+    second = train(data, "--epochs", "2", "--save-frequency", "1", "--resume", "latest")
+    assert "epoch_1.pt' (epoch 1)" in second.log.split("resuming checkpoint")[-1]
+    assert torch.load(last, weights_only=True)["epoch"] == 2
+
+
 def test_warm_start_from_plain_clip(train, scene_shards, tiny_configs, tmp_path) -> None:  # type: ignore[no-untyped-def]
     plain = open_clip.create_model("tiny-ViT")
     path = tmp_path / "plain.pt"
