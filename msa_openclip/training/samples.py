@@ -5,7 +5,6 @@ What cannot be used is counted, with its key and the reason, in a `Tally`; nothi
 
 from __future__ import annotations
 
-import io
 import random
 import re
 import tarfile
@@ -19,6 +18,7 @@ from PIL import Image
 from webdataset.tariterators import base_plus_ext
 
 from ..data.streams import StreamError, open_shard
+from ..shards.imagery.prepare import open_image
 from ..shards.readers.fields import encodable
 from ..shards.records import clean_caption
 from ..shards.storage import store
@@ -186,7 +186,7 @@ def decode(data: bytes) -> Image.Image:
     Raises:
         Exception: whatever Pillow raises for a file that it cannot read, OSError and others.
     """
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(data) as image:
         return image.convert("RGB")
 
 

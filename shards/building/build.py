@@ -103,7 +103,9 @@ def build(
             return BuildSummary(out, _estimate(plan), rejected, time.monotonic() - started, 0, True, advice)
         folder = BuildFolder(out, options, plan)
         content, resumed = None if overwrite else folder.finished(), len(plan.shards)
-        if content is None:
+        if content is not None:
+            advice += _changed(plan, out)
+        else:
             store.make_folder(out)
             with one_writer(out):
                 if overwrite:
@@ -184,6 +186,15 @@ def _advice(plan: Plan, options: BuildOptions) -> tuple[str, ...]:
     if options.layout == "image":
         lines.append("layout image is for MSA models and CLIP_benchmark; plain open_clip 3.3 wants --layout pair.")
     return tuple(lines)
+
+
+def _changed(plan: Plan, out: str) -> tuple[str, ...]:
+    """A note on images that were changed after the shards were finished."""
+    finished_ns = store.changed_ns(store.join(out, "manifest.json"))
+    changed = plan.images_newer_than(finished_ns) if finished_ns else []
+    if not changed:
+        return ()
+    return (f"{len(changed)} image files were changed after this build, e.g. {changed[0]}; --overwrite builds anew.",)
 
 
 def _estimate(plan: Plan) -> dict[str, dict[str, Any]]:

@@ -85,6 +85,12 @@ class Plan:
             found.append(Sample(record, caption if self.options.layout == "pair" else None))
         return found
 
+    def images_newer_than(self, time_ns: int) -> list[str]:
+        """Local files of images, or tars of them, that were changed later than this."""
+        self._spool.seek(0)
+        urls = dict.fromkeys(Record.from_line(line).image.url for line in self._spool)
+        return [url for url in urls if store.changed_ns(url) > time_ns]
+
     def _spool_all(self, records: Iterable[Record | Rejection]) -> None:
         rows = {split: array("Q") for split in SPLITS}
         for record in records:

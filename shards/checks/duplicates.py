@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, pairwise
 
-from PIL import Image
-
+from ..imagery.prepare import open_image
 from ..records import ShardError
 
 _BITS = 64
@@ -20,7 +18,7 @@ def perceptual_hash(data: bytes) -> int:
         import imagehash
     except ImportError as error:
         raise ShardError("looking for near duplicates needs `pip install imagehash`.") from error
-    with Image.open(io.BytesIO(data)) as image:
+    with open_image(data) as image:
         return int(str(imagehash.phash(image)), 16)
 
 

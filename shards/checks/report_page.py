@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from typing import Any
 
-from PIL import Image
-
+from ..imagery.prepare import open_image
 from ..pages.plots import Line, colour, line_plot
 from ..pages.render import jpeg_url, render
 from .report import Report, Seen
@@ -71,7 +69,7 @@ def _classes(splits: dict[str, Any]) -> Iterator[tuple[str, list[tuple[float, st
 def _thumbnail(sample: Seen) -> str | None:
     """A URL of the sample's image; None where there is none that Pillow reads."""
     try:
-        with Image.open(io.BytesIO(sample.image)) as image:
+        with open_image(sample.image) as image:
             return jpeg_url(image, _THUMBNAIL_PX)
-    except OSError:
+    except Exception:  # Pillow raises nearly everything for one broken file or another
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -11,10 +10,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import IO, Any, NamedTuple
 
-from PIL import Image
 from tqdm import tqdm
 
 from .. import manifest
+from ..imagery.prepare import open_image
+from ..output import printable
 from ..readers.tar_files import read_metadata
 from ..records import ShardError
 from ..running import engines, stopping
@@ -50,7 +50,7 @@ class Verification:
         """For people."""
         if self.ok:
             return f"{self.folder}: {self.shards} shards with {self.samples:,} samples are as the manifest says."
-        lines = [f"  {problem.file}: {problem.what}" for problem in self.problems]
+        lines = [printable(f"  {problem.file}: {problem.what}") for problem in self.problems]
         return "\n".join([f"{self.folder}: {len(lines)} problems", *lines])
 
 
@@ -195,7 +195,7 @@ def _decode_all(file: IO[bytes], name: str) -> Iterator[Problem]:
         if hashlib.sha256(data).hexdigest() != metadata.get("sha256"):
             yield Problem(name, f"{image.name} is not the image its JSON describes (sha256)")
         try:
-            with Image.open(io.BytesIO(data)) as picture:
+            with open_image(data) as picture:
                 picture.load()
         except Exception as error:  # Pillow raises nearly everything for one broken file or another
             yield Problem(name, f"{image.name} cannot be decoded: {error}")

@@ -13,6 +13,8 @@ from ..records import ImageProblem
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jp2")
 SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # what open_clip reads from shards
+_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "WEBP", "TIFF", "JPEG2000")
+"""Decoded within Pillow; EPS, behind whatever name, it would hand to Ghostscript, a program.  JPEG includes MPO."""
 _PLAIN_MODES = ("RGB", "L", "P", "RGBA", "LA", "1")  # convert("RGB") does the right thing; CMYK and 16 bit are ours
 _ORIENTATION = 0x0112
 
@@ -26,6 +28,15 @@ class EncodedImage(NamedTuple):
     height: int
 
 
+def open_image(data: bytes) -> Image.Image:
+    """An image of one of the formats that are decoded here, whatever its name; its pixels are not decoded yet.
+
+    Raises:
+        Exception: whatever Pillow raises for a file that it cannot read, OSError and others.
+    """
+    return Image.open(io.BytesIO(data), formats=_FORMATS)
+
+
 def prepare(data: bytes, options: ImageOptions) -> EncodedImage:
     """Check an image and hand back its own bytes if a shard can hold them, else a new encoding.
 
@@ -35,7 +46,7 @@ def prepare(data: bytes, options: ImageOptions) -> EncodedImage:
     if not data:
         raise ImageProblem("the file is empty")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             if image.width * image.height > options.max_pixels:
                 raise ImageProblem(f"{image.width} x {image.height} pixels exceed max_pixels {options.max_pixels}")
             suffix = SUFFIX.get(image.format or "")

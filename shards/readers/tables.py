@@ -38,7 +38,7 @@ def read_table(url: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
     """One row per image with one or more caption columns, or one row per caption with the image repeated."""
     columns = _columns(url)
     image = options.image_column or _first(columns, IMAGE_COLUMNS, url, "image")
-    captions = options.caption_columns or caption_columns(columns, url)
+    captions = tuple(dict.fromkeys(options.caption_columns)) or caption_columns(columns, url)
     split, label = (
         _named(columns, options.split_column, ("split",)),
         _named(columns, options.label_column, LABEL_COLUMNS),
@@ -65,10 +65,11 @@ def read_hf(url: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
         columns = table.column_names
         images = [name for name, feature in table.features.items() if type(feature).__name__ == "Image"]
         image = options.image_column or _first(columns, (*images, *IMAGE_COLUMNS), folder, "image")
-        captions = options.caption_columns or caption_columns([name for name in columns if name != image], folder)
+        others = [name for name in columns if name != image]
+        captions = tuple(dict.fromkeys(options.caption_columns)) or caption_columns(others, folder)
         label = _named(columns, options.label_column, LABEL_COLUMNS)
         names = getattr(table.features[label], "names", None) if label else None
-        texts_only = table.select_columns([name for name in columns if name != image])
+        texts_only = table.select_columns(others)
         for index, row in enumerate(texts_only):
             texts = tuple(text for column in captions for text in fields.captions(row[column], f"row {index}.{column}"))
             text_label = _class_name(row[label], names) if label and names else _label(row, label)

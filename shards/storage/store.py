@@ -133,6 +133,14 @@ def version(url: str) -> str:
         return ""
 
 
+def changed_ns(url: str) -> int:
+    """When a local file was last changed; 0 if it is absent, or remote."""
+    try:
+        return os.stat(local_path(url)).st_mtime_ns if is_local(url) else 0
+    except OSError:
+        return 0
+
+
 def size(url: str) -> int:
     """Bytes of a file."""
     if is_local(url):

@@ -25,6 +25,7 @@ from msa_openclip.shards.command_line import main
 from msa_openclip.shards.imagery import prepare as imagery
 from msa_openclip.shards.records import ImageProblem
 from msa_openclip.shards.storage import store, tars
+from msa_openclip.training.samples import decode
 
 MEMORY = 3 << 30
 
@@ -243,13 +244,13 @@ def test_whatever_a_decoder_raises_rejects_that_image(tmp_path: Path, monkeypatc
     source = karpathy(tmp_path / "in", {"train": 4})
     opened, seen = Image.open, []
 
-    def fragile(file: Any, *arguments: Any) -> Any:
+    def fragile(file: Any, **arguments: Any) -> Any:
         seen.append(file)
         if len(seen) == 2:
             raise TypeError("unsupported operand")
         if len(seen) == 3:
             raise RecursionError
-        return opened(file, *arguments)
+        return opened(file, **arguments)
 
     monkeypatch.setattr(Image, "open", fragile)
     summary = build(str(source), str(tmp_path / "out"), images=str(tmp_path / "in/images"),
@@ -258,6 +259,24 @@ def test_whatever_a_decoder_raises_rejects_that_image(tmp_path: Path, monkeypatc
     assert [row["detail"] for row in rejections(tmp_path / "out")] == [
         "cannot be decoded: unsupported operand", "cannot be decoded: RecursionError",
     ]  # fmt: skip
+
+
+def test_no_program_is_run_for_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow hands EPS, by whichever name, to Ghostscript."""
+    out = io.BytesIO()
+    picture(1).save(out, "EPS")
+    source = karpathy(tmp_path / "in", {"train": 4})
+    (tmp_path / "in/images/2.jpg").write_bytes(out.getvalue())
+    monkeypatch.setattr(subprocess, "check_call", lambda *_: pytest.fail("a program was run"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_: pytest.fail("a program was run"))
+    for options in (ImageOptions(), ImageOptions(resize_px=8), ImageOptions(check="decode")):
+        with pytest.raises(ImageProblem, match="not an image that Pillow reads"):
+            imagery.prepare(out.getvalue(), options)
+    with pytest.raises(OSError, match="cannot identify image file"):
+        decode(out.getvalue())
+    monkeypatch.undo()
+    summary = build(str(source), str(tmp_path / "out"), images=str(tmp_path / "in/images"))
+    assert summary.rejected == {"unreadable image": 1}
 
 
 def float_tiff(values: np.ndarray) -> bytes:

@@ -294,6 +294,22 @@ def test_images_replaced_in_a_tar_are_read_again(tmp_path: Path, source: Path) -
     assert shard_bytes(tmp_path / "y") != shard_bytes(tmp_path / "first")
 
 
+def test_images_changed_after_a_build_are_noted(tmp_path: Path, source: Path) -> None:
+    run_build(source, tmp_path / "out")
+    assert "were changed" not in run_build(source, tmp_path / "out").text()
+    (source.parent / "images/5.jpg").write_bytes(picture_bytes(99))
+    os.utime(source.parent / "images/5.jpg", ns=(time.time_ns() + 10**9,) * 2)
+    assert "1 image files were changed after this build, e.g. " in run_build(source, tmp_path / "out").text()
+
+
+def test_scenes_do_not_replace_captions_of_yours(tmp_path: Path) -> None:
+    arguments = ["synthesize", str(tmp_path), "--train", "2", "--val", "0", "--test", "0"]
+    assert [main(arguments), main(arguments)] == [0, 0]
+    (tmp_path / "captions.json").write_text('{"images": []}')
+    assert main(arguments) == 1
+    assert (tmp_path / "captions.json").read_text() == '{"images": []}'
+
+
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"file": 3}', b"[" * 100_000, b"null"])
 def test_a_damaged_note_costs_its_shard_only(tmp_path: Path, source: Path, damage: bytes) -> None:
     out = tmp_path / "out"
