@@ -22,6 +22,7 @@ from .arguments import (
 )
 from .exit_codes import run_command
 from .options import BuildOptions, ImageOptions, ReadOptions
+from .output import printable
 from .running.engines import ENGINES
 
 DESCRIPTION = "Captions and images of remote sensing -> WebDataset shards; checks, reports, drawn scenes."
@@ -179,7 +180,7 @@ def _info(parsed: argparse.Namespace) -> None:
     made = report.report(
         parsed.folders, near_bits=parsed.look_alikes, tokenizer=parsed.tokenizer, progress=parsed.progress
     )
-    print(report.text(made.content))
+    print("\n".join(map(printable, report.text(made.content).splitlines())))
     if parsed.json:
         store.write_text(parsed.json, made.json())
     if parsed.html:

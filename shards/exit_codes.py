@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from .output import until_unread
+from .output import printable, until_unread
 from .records import ShardError
 
 
@@ -53,7 +53,8 @@ def _parse_and_run(
         print(f"{command.format_usage()}{command.prog}: error: {error}", file=sys.stderr)
         return 2
     except refusals as error:
-        print(f"{command.prog}: error: {error}", file=sys.stderr)
+        said = [str(error)] if isinstance(error, ShardError) else str(error).splitlines()
+        print(f"{command.prog}: error: " + "\n".join(map(printable, said)), file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         print(interrupted, file=sys.stderr)

@@ -44,6 +44,9 @@ class Scene(NamedTuple):
     captions: tuple[str, ...]
 
 
+_NAME = "synthetic aerial scenes"
+
+
 def scene(index: int, *, seed: int = 0, split: str = "train", size_px: int = 96) -> Scene:
     """Draw scene number `index` of a split; the classes take turns.
 
@@ -67,13 +70,17 @@ def synthesize(
     Returns:
         The path of captions.json.
     Raises:
-        ShardError: an unknown split, nothing to draw, or a size below 32 pixels, where nothing can be told apart.
+        ShardError: an unknown split, nothing to draw, a size below 32 pixels, where nothing can be told apart, or a
+            caption file in `folder` that is no synthetic one.
     """
     unknown = set(counts) - set(SPLITS)
     if unknown or not sum(counts.values()) or min(counts.values()) < 0:
         raise ShardError(f"counts: {dict(counts)} must give numbers of scenes for {', '.join(SPLITS)}.")
     if size_px < 32:
         raise ShardError(f"size_px: {size_px} is below 32, where the small things vanish.")
+    path = Path(folder) / "captions.json"
+    if path.exists() and _NAME not in path.read_text(encoding="utf-8", errors="replace"):
+        raise ShardError(f"{path}: is not of synthetic scenes and stays. Choose another folder.")
     images = Path(folder) / "images"
     images.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -84,8 +91,7 @@ def synthesize(
         drawn.image.save(images / name, quality=93)
         sentences = [{"raw": caption} for caption in drawn.captions]
         rows.append({"filename": f"images/{name}", "split": split, "class": drawn.label, "sentences": sentences})
-    path = Path(folder) / "captions.json"
-    path.write_text(json.dumps({"dataset": "synthetic aerial scenes", "images": rows}), encoding="utf-8")
+    path.write_text(json.dumps({"dataset": _NAME, "images": rows}), encoding="utf-8")
     return str(path)
 
 
