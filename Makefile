@@ -2,15 +2,19 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out/demo
+MINUTES ?= 60
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint docs install clean
+.PHONY: demo test fuzz lint docs install clean
 
 demo: $(BIN)/.demo  ## Build shards, train MSA-ViT-Ti on them, report recalls: make demo [UCM=folder with dataset_ucm.json and images/]
 	$(BIN)/python examples/quickstart.py --out $(OUT) $(if $(UCM),--captions $(UCM)/dataset_ucm.json --images $(UCM)/images) $(ARGS)
 
 test: install  ## Run the whole test suite: make test [ARGS="-k loss"]
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+fuzz: install  ## Fuzz the readers, each for so long; found cases go to tests/fuzz/corpus: make fuzz [MINUTES=60] [ARGS="tar csv"]
+	$(BIN)/python tests/fuzz/run.py --minutes $(MINUTES) $(ARGS)
 
 lint: install  ## Lint and type checks
 	$(BIN)/ruff check .

@@ -1,0 +1,106 @@
+"""Fuzz the readers: `make fuzz MINUTES=60`, or
+
+    python tests/fuzz/run.py [TARGET ...] [--minutes 60]
+
+Each target runs for so long, with other inputs every time.  A case that breaks a promise is made as small as hypothesis
+can, put into corpus/TARGET, where the test suite finds it from then on, and ends the run with code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fuzz.targets import TARGETS
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as seeded
+
+CORPUS = Path(__file__).parent / "corpus"
+LONGEST_S = 20
+"""A case that takes longer hangs."""
+
+
+def cases(name: str) -> list[Path]:
+    """Cases that were found once."""
+    return sorted((CORPUS / name).glob("*"))
+
+
+def run_case(name: str, data: bytes) -> None:
+    """One input through one target.
+
+    Raises:
+        TimeoutError: it takes longer than any input may.
+    """
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"{name}: longer than {LONGEST_S} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(LONGEST_S)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            TARGETS[name].run(data, Path(folder))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def search(name: str, examples: int, seed: int) -> None:
+    """Try inputs; the smallest that breaks a promise is kept in the corpus, and its error is raised."""
+    failing: list[bytes] = []
+
+    @seeded(seed)
+    @settings(
+        max_examples=examples, deadline=None, database=None, phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(TARGETS[name].inputs)
+    def attempt(data: bytes) -> None:
+        try:
+            run_case(name, data)
+        except BaseException:
+            failing.append(data)
+            raise
+
+    try:
+        attempt()
+    except BaseException:
+        if failing:
+            folder = CORPUS / name
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / hashlib.sha256(failing[-1]).hexdigest()[:12]).write_bytes(failing[-1])
+        raise
+
+
+def main() -> int:
+    """Run targets one after the other; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)} (default: all)")
+    parser.add_argument("--minutes", type=float, default=1, help="for each target (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="(default: another each time)")
+    parsed = parser.parse_args()
+    found = 0
+    for name in parsed.targets or TARGETS:
+        end, tried, seed = time.monotonic() + 60 * parsed.minutes, 0, parsed.seed
+        try:
+            while time.monotonic() < end:
+                search(name, examples=500, seed=seed)
+                tried, seed = tried + 500, seed + 1
+        except Exception as error:
+            found += 1
+            print(f"{name}: {type(error).__name__}: {error}\n  kept in {CORPUS / name}; seed {seed}", flush=True)
+        else:
+            print(f"{name}: nothing found in about {tried:,} inputs (seeds {parsed.seed} to {seed - 1})", flush=True)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
