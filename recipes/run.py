@@ -21,7 +21,7 @@ from published_sets import SETS, DataError, differences, find
 from starts import STARTS, Start
 
 from msa_openclip.reports.run_plot import plot_run
-from msa_openclip.shards import manifest
+from msa_openclip.shards import ShardError, manifest
 from msa_openclip.steps import CLI, TRAIN, StepError, run, shard_pattern
 from msa_openclip.training.checkpoints import is_whole
 
@@ -168,5 +168,5 @@ def _with_defaults(options: argparse.Namespace, start: Start) -> argparse.Namesp
 if __name__ == "__main__":
     try:
         main()
-    except (StepError, DataError) as error:
+    except (StepError, DataError, ShardError) as error:
         sys.exit(str(error))

@@ -133,11 +133,11 @@ def _rows(url: str, image: str) -> Iterator[Row]:
         return
     lines = _csv_lines(url)
     _, header = next(lines)
-    at = header.index(image)
+    at, delimiter = header.index(image), _delimiter(url)
     for line, row in lines:
         if len(row) != len(header):
             raise ShardError(f"{url}: line {line} has not as many fields as the header; is a caption unquoted?")
-        if any("\n" in field or "\r" in field for field in row) and _swallows(row, at, _delimiter(url)):
+        if any("\n" in field or "\r" in field for field in row) and _swallows(row, at, delimiter):
             raise ShardError(f"{url}: line {line}: a quoted field goes on over other rows; {_QUOTES}")
         yield dict(zip(header, row, strict=True))
 

@@ -17,7 +17,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-LOCK = ".lock"
+LOCK = ".msa_openclip.lock"
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 _log = logging.getLogger(__name__)
 
@@ -33,7 +33,8 @@ def one_writer(folder: str) -> Iterator[None]:
         with one_writer("shards/ucm"):
             ...
 
-    The lock is `flock` on FOLDER/.lock: a killed process leaves the file, but not the lock, and the next one takes it.
+    The lock is `flock` on a file in the folder, LOCK: a killed process leaves the file, but not the lock, and the next
+    one takes it.
     Processes forked while it is held share it, so it also lasts until they have ended.  On stores behind URLs and file
     systems that know no locks nothing is locked; for the latter a warning says so.
 

@@ -10,21 +10,23 @@ import io
 import json
 import logging
 import tarfile
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from helpers import hostile_tars
 from hypothesis import strategies as st
+from PIL import Image
 
 from msa_openclip.data.streams import StreamError
-from msa_openclip.shards import ReadOptions, ShardError, manifest
+from msa_openclip.shards import ImageOptions, ReadOptions, ShardError, manifest
 from msa_openclip.shards.building.plan import Sample
 from msa_openclip.shards.building.samples import members
-from msa_openclip.shards.imagery.prepare import EncodedImage
+from msa_openclip.shards.imagery.prepare import EncodedImage, open_image, prepare
 from msa_openclip.shards.readers import formats, intake
-from msa_openclip.shards.records import Record
+from msa_openclip.shards.records import ImageProblem, Record
 from msa_openclip.shards.storage import tars
 from msa_openclip.training.samples import Tally, read_share
 from msa_openclip.training.shares import ShardDataError, Share, shard_sizes
@@ -109,6 +111,19 @@ def _training(data: bytes, folder: Path) -> None:
             assert sample["captions"]
             sample["__key__"].encode()
     str(tally).encode()
+
+
+# Images.
+
+
+def _image(data: bytes, _: Path) -> None:
+    for options in (ImageOptions(), ImageOptions(check="decode"), ImageOptions(resize_px=5)):
+        with suppress(ImageProblem), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of damaged EXIF data
+            made = prepare(data, options)
+            assert made.suffix in tars.IMAGE_MEMBERS
+            if options.check == "decode":
+                assert open_image(made.data).size == (made.width, made.height)
 
 
 # What lies beside shards.
@@ -243,6 +258,22 @@ def _manifests() -> Iterator[bytes]:
     yield json.dumps({"train-000000.tar": 9}).encode()
 
 
+def _pictures() -> Iterator[bytes]:
+    """A small one of every kind that is read."""
+    colour = Image.linear_gradient("L").resize((23, 17))
+    kinds = [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "P"), ("PNG", "I;16"), ("WEBP", "RGB"),
+             ("TIFF", "RGB"), ("TIFF", "F"), ("TIFF", "I;16"), ("GIF", "P"), ("BMP", "RGB"), ("PPM", "RGB"),
+             ("JPEG2000", "RGB")]  # fmt: skip
+    for kind, mode in kinds:
+        out = io.BytesIO()
+        colour.convert("I").convert(mode).save(out, kind) if mode == "I;16" else colour.convert(mode).save(out, kind)
+        yield out.getvalue()
+    exif, out = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    colour.save(out, "JPEG", exif=exif)
+    yield out.getvalue()
+
+
 TARGETS = {
     "karpathy": Target(_captions("c.json"), _damaged(_json)),
     "csv": Target(_captions("c.csv"), _damaged(_table(","))),
@@ -251,5 +282,6 @@ TARGETS = {
         lambda cells: "\n".join(cells).encode("utf-8", "surrogatepass") + b"\0a.jpg\n"))),
     "tar": Target(_tar, _damaged(_blocks)),
     "training": Target(_training, _damaged(_blocks)),
+    "image": Target(_image, _damaged(_damaged(_damaged(st.sampled_from(list(_pictures())))))),
     "beside": Target(_beside, st.one_of(_json, _damaged(st.sampled_from(list(_manifests()))))),
 }  # fmt: skip

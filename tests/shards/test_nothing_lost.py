@@ -19,7 +19,7 @@ from msa_openclip.shards.building.folder import BuildFolder
 from msa_openclip.shards.building.writer import ShardResult
 from msa_openclip.shards.command_line import main
 from msa_openclip.shards.storage import store
-from msa_openclip.shards.storage.locking import BeingWritten, one_writer
+from msa_openclip.shards.storage.locking import LOCK, BeingWritten, one_writer
 
 OPTIONS = BuildOptions(shards=4)
 
@@ -192,7 +192,7 @@ def test_two_builders_of_one_folder(tmp_path: Path, source: Path) -> None:
     run_build(source, tmp_path / "alone")
     assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "alone")
     assert verify(str(tmp_path / "out")).ok
-    assert not (tmp_path / "out/.lock").exists()
+    assert not (tmp_path / "out" / LOCK).exists()
 
 
 def test_a_builder_leaves_a_folder_alone_while_another_writes(tmp_path: Path, source: Path) -> None:
