@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import tarfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,7 +30,6 @@ from msa_openclip.shards.storage import tars
 from msa_openclip.training.samples import Tally, read_share
 from msa_openclip.training.shares import ShardDataError, Share, shard_sizes
 
-logging.getLogger("msa_openclip").setLevel(logging.CRITICAL)
 _PIXEL = EncodedImage(b"pixels", "png", 1, 1)
 
 

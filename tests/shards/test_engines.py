@@ -169,14 +169,13 @@ def test_a_stopped_job_leaves_no_file(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_worker_left_is_removed(tmp_path: Path) -> None:
-    source = karpathy(tmp_path / "in", {"train": 12})
-    victim = source.parent / "images/3.jpg"
-    victim.unlink()
-    os.mkfifo(victim)
+    source = karpathy(tmp_path / "in", {"train": 120}, suffix="tif")
+    slow = ImageOptions(resize_px=600, resize_mode="squash", encode="png")
+    options = BuildOptions(shards=1, image=slow)
     out = tmp_path / "out"
     with ThreadPoolExecutor(1) as pool:
         building = pool.submit(
-            build, str(source), str(out), images=str(victim.parent), workers=2, options=BuildOptions(shards=1)
+            build, str(source), str(out), images=str(source.parent / "images"), workers=2, options=options
         )
         while not (files := list(out.glob(".train-*.tmp"))):
             assert not building.done()

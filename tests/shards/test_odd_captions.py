@@ -36,7 +36,7 @@ def refused(source: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> st
     """What the command says, in one line that names the file, and without a traceback."""
     assert main(["build", str(source), str(source.parent / "out"), "--workers", "1", "--quiet", *flags]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("error: ")
+    assert said.startswith("msa-openclip shards build: error: ")
     assert said.count("\n") == 1
     assert str(source) in said
     return said
