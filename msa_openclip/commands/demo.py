@@ -18,6 +18,8 @@ def add(commands: Commands) -> None:
     add_device(command)
     text = "address to serve on, 0.0.0.0 for all networks (default: %(default)s)"
     command.add_argument("--host", default="127.0.0.1", help=text)
+    text = "names by which browsers may call this machine, beside localhost and addresses"
+    command.add_argument("--allow-host", nargs="+", default=[], metavar="NAME", help=text)
     add_number(command, "--port", "port to serve on", default=7860, least=0, most=65535)
 
 
@@ -27,9 +29,9 @@ def run(parsed: argparse.Namespace) -> None:
     from ..search.index import ImageIndex
     from ..search.nearest import nearest
     from ..search.searcher import Searcher
-    from .demo_page import page
+    from .demo_page import serve
     from .inputs import load_model
 
     spec = parsed.model or read_manifest(Path(parsed.index)).model
     index = ImageIndex(parsed.index, load_model(spec, parsed))
-    page(Searcher(index, nearest=nearest(index))).launch(server_name=parsed.host, server_port=parsed.port)
+    serve(Searcher(index, nearest=nearest(index)), parsed.host, parsed.port, parsed.allow_host)
