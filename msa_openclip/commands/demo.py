@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ..shards.arguments import Commands, add_command, add_number
 from .options import add_device, add_moved_model
@@ -25,13 +24,13 @@ def add(commands: Commands) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Serve until interrupted."""
-    from ..search.files import read_manifest
     from ..search.index import ImageIndex
+    from ..search.known_models import model_of, remember
     from ..search.nearest import nearest
     from ..search.searcher import Searcher
     from .demo_page import serve
     from .inputs import load_model
 
-    spec = parsed.model or read_manifest(Path(parsed.index)).model
-    index = ImageIndex(parsed.index, load_model(spec, parsed))
+    index = ImageIndex(parsed.index, load_model(model_of(parsed.index, parsed.model), parsed))
+    remember(index.model)
     serve(Searcher(index, nearest=nearest(index)), parsed.host, parsed.port, parsed.allow_host)

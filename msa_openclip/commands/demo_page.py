@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import signal
 import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -94,7 +93,6 @@ def serve(searcher: Searcher, host: str, port: int, names: Sequence[str] = ()) -
         port: where.
         names: by which browsers may call this machine, beside `localhost`, its own name and any address.
     """
-    blocks_signal = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     before = os.environ.get(_TEMPORARY)
     try:
         with tempfile.TemporaryDirectory(prefix="msa-openclip-demo-") as folder:  # of mode 0700
@@ -107,7 +105,6 @@ def serve(searcher: Searcher, host: str, port: int, names: Sequence[str] = ()) -
                 app_kwargs={"middleware": [_middleware(known)]},
             )
     finally:
-        signal.signal(signal.SIGTERM, blocks_signal)
         if before is None:
             os.environ.pop(_TEMPORARY, None)
         else:
