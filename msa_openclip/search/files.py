@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from ..data.captioned import CaptionedImage
 from ..data.small_files import parse_json, read_json, read_text
 from ..shards.records import Location
+from ..shards.storage import store
 from .checksums import CheckedFile, checksums
 
 FORMAT = 3  # 2 had neither checksums nor the content of images, 1 no facts.npy
@@ -101,28 +102,17 @@ def write_segment(
     files = {path.name: checksums(path) for path in sorted(temporary.iterdir())}
     content = json.dumps({"images": len(records), "files": files})
     (temporary / _SEGMENT_FILE).write_text(content + "\n", encoding="utf-8")
-    for path in (*temporary.iterdir(), temporary):
-        _flush(path)
+    store.sync(str(temporary))
     try:
-        os.replace(temporary, root / name)
+        store.rename(str(temporary), str(root / name))
     except OSError:
         if not is_written(root, name):
             raise
         shutil.rmtree(temporary)
-    _flush(root)
 
 
 def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")  # ASCII, lone surrogates too
-
-
-def _flush(path: Path) -> None:
-    """See to it that a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def is_written(root: Path, name: str) -> bool:
@@ -179,11 +169,7 @@ def _filter_fields(rows: Sequence[Mapping[str, Any]]) -> NDArray[np.void]:
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Put down index.json in one step, once all its segments are written."""
     content = sealed({"format": FORMAT, **asdict(manifest)})
-    temporary = root / ".index.json.tmp"
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _flush(temporary)
-    os.replace(temporary, root / "index.json")
-    _flush(root)
+    store.write_bytes(str(root / "index.json"), (json.dumps(content, indent=2) + "\n").encode())
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,7 +232,7 @@ def read_lines(root: Path, segment: Segment, file: str) -> Iterator[dict[str, An
     folder = root / segment.name
     checked = checked_files(root, segment)[file]
     _or_damaged(folder, checked.check_all)
-    with open(folder / file, encoding="utf-8") as lines:
+    with open(folder / file, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             row = _or_damaged(folder, partial(parse_json, line, f"{file} line {number}"))
             if not (isinstance(row, dict) and isinstance(row.get("image_id"), str)):
