@@ -9,7 +9,6 @@ import sys
 import unicodedata
 from collections.abc import Callable
 
-
 _JOINERS = "\u200c\u200d"
 """Invisible, but part of Persian, Indic scripts and emoji."""
 

@@ -59,6 +59,8 @@ def _text(explanation: Explanation) -> str:
     lines = [f"{printable(explanation.text)}: cosine {explanation.cosine:.4f}, fused {explanation.fused:.4f}"]
     for scale in explanation.scales:
         lines.append(f"stage {scale.scale.stage}, {scale.scale.pool}: logit {scale.logit:.4f}")
-        lines += [f"  {word.contribution:+9.4f}  {100 * word.weight:5.1f} %  {printable(word.text)}" for word in scale.words]
+        lines += [
+            f"  {word.contribution:+9.4f}  {100 * word.weight:5.1f} %  {printable(word.text)}" for word in scale.words
+        ]
         lines += [f"  {scale.sentence:+9.4f}           the sentence", f"  {scale.image:+9.4f}           the image"]
     return "\n".join(lines)

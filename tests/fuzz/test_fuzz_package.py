@@ -1,8 +1,8 @@
 """Fuzz targets of the package's own readers: index files, model configurations, a run's results and parameters.
 
 Whatever the bytes are, a reader takes them or raises its own error, which names the file; an index answers with
-finite numbers.  `make fuzz-package` runs them for an hour with fresh seeds; here they run for seconds.  `corpus` holds each
-case that was found.
+finite numbers.  `make fuzz-package` runs them for an hour with fresh seeds; here they run for seconds.  `corpus/index`
+holds each case that was found.
 """
 
 from __future__ import annotations
