@@ -46,7 +46,7 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.model == "verify":
         return _verify(parsed.index)
     if not (parsed.shards or parsed.folder):
-        raise UsageError("give the images, --shards or --folder")
+        raise UsageError("one of the arguments --shards --folder is required")
 
     from ..data.readers import read_folder, read_shards
     from ..distributed import Peers
