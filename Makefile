@@ -6,7 +6,7 @@ MINUTES ?= 60
 TIMES ?= 12
 BIN = $(VENV)/bin
 
-.PHONY: demo test fuzz kills lint docs install clean
+.PHONY: demo test fuzz fuzz-package kills lint docs install clean
 
 demo: $(BIN)/.demo  ## Build shards, train MSA-ViT-Ti on them, report recalls: make demo [UCM=folder with dataset_ucm.json and images/]
 	$(BIN)/python examples/quickstart.py --out $(OUT) $(if $(UCM),--captions $(UCM)/dataset_ucm.json --images $(UCM)/images) $(ARGS)
@@ -16,6 +16,10 @@ test: install  ## Run the whole test suite: make test [ARGS="-k loss"]
 
 fuzz: install  ## Fuzz the readers, each for so long; found cases go to tests/fuzz/corpus: make fuzz [MINUTES=60] [ARGS="tar csv"]
 	$(BIN)/python tests/fuzz/run.py --minutes $(MINUTES) $(ARGS)
+
+fuzz-package: install  ## Fuzz index files, configurations and results with fresh seeds: make fuzz-package [MINUTES=60]
+	end=$$(( $$(date +%s) + 60 * $(MINUTES) )); while [ $$(date +%s) -lt $$end ]; do \
+	  FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest -q tests/fuzz/test_fuzz_package.py || exit 1; done
 
 kills: install  ## Kill shard builds at random moments, let them go on, compare: make kills [TIMES=12]
 	$(BIN)/python tests/fuzz/kills.py --times $(TIMES)

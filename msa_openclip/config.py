@@ -13,6 +13,11 @@ from typing import Any, Literal, TypeVar
 Pool = Literal["max", "avg", "token", "learned"]
 Fusion = Literal["tower", "scales", "both"]
 
+LARGEST_WIDTH = 65_536
+"""Of MSCMAT: a hundred times those of the largest towers; beyond it a slip of the pen asks for all memory there is."""
+LARGEST, SMALLEST = 1e6, 1e-6
+"""Bounds of weights and temperatures: what lies beyond overflows in half precision, and no training needs it."""
+
 _T = TypeVar("_T")
 
 
@@ -110,6 +115,8 @@ class MSACfg:
         _require(stages == sorted(stages), "image_scales", stages, "stages ordered from shallow to deep")
         _require(self.width is None or self.width > 0, "width", self.width, "a positive number or null")
         _require(self.heads > 0, "heads", self.heads, "a positive number")
+        for name in ("width", "heads"):
+            _require((getattr(self, name) or 1) <= LARGEST_WIDTH, name, getattr(self, name), f"at most {LARGEST_WIDTH}")
         if self.width is not None:
             check_heads(self.width, self.heads)
         temperature = self.score.temperature
@@ -121,8 +128,17 @@ class MSACfg:
         for name in ("global_weight", "match_weight"):
             weight = getattr(self.ranking, name)
             _require(weight is None or weight >= 0, f"ranking.{name}", weight, "0 or more")
+        self._require_representable()
         trains = self.loss.global_weight > 0 or self.uses_mscmat
         _require(trains, "loss", "all weights 0", "at least one term with a weight")
+
+    def _require_representable(self) -> None:
+        """All numbers lie where half precision can work with them, and with what is computed from them."""
+        for room in ("score", "loss", "ranking"):
+            for name, value in dataclasses.asdict(getattr(self, room)).items():
+                least = SMALLEST if "temperature" in name else 0.0
+                if isinstance(value, float):
+                    _require(least <= value <= LARGEST, f"{room}.{name}", value, f"{least:g} to {LARGEST:g}")
 
     @property
     def uses_mscmat(self) -> bool:
@@ -142,11 +158,13 @@ class MSACfg:
             ValueError: an unknown key, a wrong type or a value out of range, by name, with what is allowed.
         """
         if not isinstance(config, Mapping):
-            raise ValueError(f"msa_cfg: expected an object, got {config!r}.")
+            raise ValueError(f"msa_cfg: expected an object, got {_shown(config)}.")
         settings = dict(config)
         preset = settings.pop("preset", "default")
         if not isinstance(preset, str) or preset not in PRESETS:
-            raise ValueError(f"msa_cfg.preset: {preset!r} is unknown; choose one of {', '.join(sorted(PRESETS))}.")
+            raise ValueError(
+                f"msa_cfg.preset: {_shown(preset)} is unknown; choose one of {', '.join(sorted(PRESETS))}."
+            )
         return _parse(cls, _merge(PRESETS[preset], settings), "msa_cfg")
 
 
@@ -178,7 +196,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def check_heads(width: int, heads: int) -> None:
     """Raise ValueError unless MSCMAT's width is divisible by its heads."""
     if width % heads:
-        divisors = [str(n) for n in range(1, width + 1) if width % n == 0 and n <= 64]
+        divisors = [str(n) for n in range(1, 65) if width % n == 0]
         raise ValueError(
             f"msa_cfg.heads: width {width} is not divisible by {heads} heads; allowed are {', '.join(divisors)}."
         )
@@ -186,7 +204,13 @@ def check_heads(width: int, heads: int) -> None:
 
 def _require(condition: bool, key: str, value: object, allowed: str) -> None:
     if not condition:
-        raise ValueError(f"msa_cfg.{key}: got {value!r}, expected {allowed}.")
+        raise ValueError(f"msa_cfg.{key}: got {_shown(value)}, expected {allowed}.")
+
+
+def _shown(value: object, longest: int = 80) -> str:
+    """A value as a message shows it: a configuration may hold numbers and lists of any length."""
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[:longest]} ..."
 
 
 def _merge(defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,7 +225,7 @@ def _merge(defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
 def _parse(kind: type[_T], value: Any, key: str) -> _T:
     """Build the dataclass `kind` from a JSON object, naming `key` in every complaint."""
     if not isinstance(value, Mapping):
-        raise ValueError(f"{key}: expected an object, got {value!r}.")
+        raise ValueError(f"{key}: expected an object, got {_shown(value)}.")
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(value) - set(hints))
     if unknown:
@@ -222,21 +246,24 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in arguments:
-            raise ValueError(f"{key}: got {value!r}, expected one of {', '.join(map(repr, arguments))}.")
+            raise ValueError(f"{key}: got {_shown(value)}, expected one of {', '.join(map(repr, arguments))}.")
         return value
     if origin is types.UnionType:
         (inner,) = (argument for argument in arguments if argument is not types.NoneType)
         return None if value is None else _convert(inner, value, key)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{key}: expected a list, got {value!r}.")
+            raise ValueError(f"{key}: expected a list, got {_shown(value)}.")
         return tuple(_convert(arguments[0], item, f"{key}[{position}]") for position, item in enumerate(value))
     if dataclasses.is_dataclass(hint):
         return _parse(typing.cast("type[Any]", hint), value, key)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ValueError(f"{key}: got {_shown(value)}, expected a finite number.") from error
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{key}: got {value!r}, expected {hint.__name__}.")
+        raise ValueError(f"{key}: got {_shown(value)}, expected {hint.__name__}.")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{key}: got {value!r}, expected a finite number.")
+        raise ValueError(f"{key}: got {_shown(value)}, expected a finite number.")
     return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ..shards.arguments import Commands, add_command, add_number
 from .options import add_device, add_moved_model
@@ -18,18 +17,20 @@ def add(commands: Commands) -> None:
     add_device(command)
     text = "address to serve on, 0.0.0.0 for all networks (default: %(default)s)"
     command.add_argument("--host", default="127.0.0.1", help=text)
+    text = "names by which browsers may call this machine, beside localhost and addresses"
+    command.add_argument("--allow-host", nargs="+", default=[], metavar="NAME", help=text)
     add_number(command, "--port", "port to serve on", default=7860, least=0, most=65535)
 
 
 def run(parsed: argparse.Namespace) -> None:
     """Serve until interrupted."""
-    from ..search.files import read_manifest
     from ..search.index import ImageIndex
+    from ..search.known_models import model_of, remember
     from ..search.nearest import nearest
     from ..search.searcher import Searcher
-    from .demo_page import page
+    from .demo_page import serve
     from .inputs import load_model
 
-    spec = parsed.model or read_manifest(Path(parsed.index)).model
-    index = ImageIndex(parsed.index, load_model(spec, parsed))
-    page(Searcher(index, nearest=nearest(index))).launch(server_name=parsed.host, server_port=parsed.port)
+    index = ImageIndex(parsed.index, load_model(model_of(parsed.index, parsed.model), parsed))
+    remember(index.model)
+    serve(Searcher(index, nearest=nearest(index)), parsed.host, parsed.port, parsed.allow_host)

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ipaddress
+import os
+import socket
+import tempfile
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from html import escape
 from typing import Any
 
 from PIL import Image
 
 from ..data.pixels import load_image
+from ..data.readers import are_bounds
 from ..explain.explanation import explain
 from ..explain.figure import figure, view
 from ..search.filters import SearchFilter
 from ..search.searcher import Hit, Searcher
+from ..shards.output import printable
 
 TITLE = "Search aerial images"
 _SHOWN = 12
+_LARGEST_UPLOAD = "20mb"
+_TEMPORARY = "GRADIO_TEMP_DIR"
+_Asgi = Callable[[dict[str, Any], Any, Any], Awaitable[None]]
 _STYLE = ".caption-label { max-width: 100% !important; white-space: normal !important; left: 0 }"  # all of its scores
 
 
@@ -45,8 +55,8 @@ def tiles(hits: Sequence[Hit]) -> list[tuple[Image.Image, str]]:
 def reasons(searcher: Searcher, hit: Hit, text: str) -> tuple[Any, str]:
     """Figure of the reasons, and captions, for the answer that was clicked; no figure without sentence or MSCMAT."""
     assert hit.image is not None
-    captions = "\n".join(f"- {caption}" for caption in hit.image.captions)
-    metadata = f"**{hit.image.image_id}**, cosine {hit.cosine:.3f}\n\n{captions}"
+    captions = "".join(f"<li>{escape(printable(caption))}</li>" for caption in hit.image.captions)
+    metadata = f"<b>{escape(printable(hit.image.image_id))}</b>, cosine {hit.cosine:.3f}<ul>{captions}</ul>"
     if not text.strip() or not searcher.scorer.has_match:
         return None, metadata
     image, model = load_image(hit.image), searcher.index.model
@@ -58,11 +68,8 @@ def chart(hits: Sequence[Hit]) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    placed = [
-        (rank, hit.image.metadata["geo"]["bounds"])
-        for rank, hit in enumerate(hits, start=1)
-        if hit.image is not None and "bounds" in (hit.image.metadata.get("geo") or {})
-    ]
+    geo = [(rank, (hit.image.metadata if hit.image else {}).get("geo") or {}) for rank, hit in enumerate(hits, start=1)]
+    placed = [(rank, known["bounds"]) for rank, known in geo if are_bounds(known.get("bounds"))]
     if not placed:
         return None
     drawn = Figure(figsize=(5, 3.6), layout="constrained")
@@ -75,6 +82,72 @@ def chart(hits: Sequence[Hit]) -> Any:
     axis.tick_params(axis="x", rotation=30)
     axis.set(xlabel="east", ylabel="north", aspect="equal")
     return drawn
+
+
+def serve(searcher: Searcher, host: str, port: int, names: Sequence[str] = ()) -> None:
+    """Serve `page` until interrupted; what it keeps of pictures lies in a folder of this user's, and goes with it.
+
+    Args:
+        searcher: over the index.
+        host: whom to serve: an address of this machine.
+        port: where.
+        names: by which browsers may call this machine, beside `localhost`, its own name and any address.
+    """
+    before = os.environ.get(_TEMPORARY)
+    try:
+        with tempfile.TemporaryDirectory(prefix="msa-openclip-demo-") as folder:  # of mode 0700
+            os.environ[_TEMPORARY] = folder
+            known = {"localhost", host.lower(), socket.gethostname().lower(), *map(str.lower, names)}
+            page(searcher).launch(
+                server_name=host,
+                server_port=port,
+                max_file_size=_LARGEST_UPLOAD,
+                app_kwargs={"middleware": [_middleware(known)]},
+            )
+    finally:
+        if before is None:
+            os.environ.pop(_TEMPORARY, None)
+        else:
+            os.environ[_TEMPORARY] = before
+
+
+def _middleware(names: Collection[str]) -> Any:
+    from starlette.middleware import Middleware  # comes with gradio
+
+    return Middleware(KnownHosts, names=names)
+
+
+class KnownHosts:
+    """Answers requests for this machine alone, not for a name that somebody else's page has just pointed to it.
+
+    Without it any web page could ask the demo through the visitor's browser (DNS rebinding).  An address in the place
+    of a name is harmless: only names can be pointed elsewhere.
+    """
+
+    def __init__(self, app: _Asgi, names: Collection[str]) -> None:
+        self.app, self.names = app, names
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """Pass the request on, or refuse it."""
+        if scope["type"] not in ("http", "websocket") or self._is_known(scope["headers"]):
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            text = b"This name is not known here; see `msa-openclip demo --allow-host`.\n"
+            await send({"type": "http.response.start", "status": 421, "headers": [(b"content-type", b"text/plain")]})
+            await send({"type": "http.response.body", "body": text})
+
+    def _is_known(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
+        hosts = [value.decode("latin-1").strip().lower() for name, value in headers if name.lower() == b"host"]
+        if len(hosts) != 1:
+            return False
+        name = hosts[0].rpartition(":")[0] if hosts[0].rpartition(":")[2].isdigit() else hosts[0]
+        try:
+            ipaddress.ip_address(name.strip("[]"))
+            return True
+        except ValueError:
+            return name in self.names
 
 
 def page(searcher: Searcher) -> Any:
@@ -113,7 +186,7 @@ def page(searcher: Searcher) -> Any:
                 gr.Markdown("Answers: place, fused score (score of each scale, shallow to deep)")
                 gallery = gr.Gallery(show_label=False, columns=4, height="auto", allow_preview=False)
             with gr.Column(scale=2):
-                metadata = gr.Markdown()
+                metadata = gr.HTML()
                 positions = gr.Plot(show_label=False, visible=False)
         why = gr.Plot(show_label=False)
         gr.HTML(f"<style>{_STYLE}</style>", padding=False)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ..shards.arguments import Commands, add_command
+from ..shards.output import printable
 from .options import MODEL, add_device
 
 if TYPE_CHECKING:
@@ -55,9 +56,11 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def _text(explanation: Explanation) -> str:
-    lines = [f"{explanation.text}: cosine {explanation.cosine:.4f}, fused {explanation.fused:.4f}"]
+    lines = [f"{printable(explanation.text)}: cosine {explanation.cosine:.4f}, fused {explanation.fused:.4f}"]
     for scale in explanation.scales:
         lines.append(f"stage {scale.scale.stage}, {scale.scale.pool}: logit {scale.logit:.4f}")
-        lines += [f"  {word.contribution:+9.4f}  {100 * word.weight:5.1f} %  {word.text}" for word in scale.words]
+        lines += [
+            f"  {word.contribution:+9.4f}  {100 * word.weight:5.1f} %  {printable(word.text)}" for word in scale.words
+        ]
         lines += [f"  {scale.sentence:+9.4f}           the sentence", f"  {scale.image:+9.4f}           the image"]
     return "\n".join(lines)

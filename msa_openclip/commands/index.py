@@ -8,6 +8,8 @@ import time
 
 from ..search.options import SEGMENT_IMAGES
 from ..shards.arguments import Commands, add_command, add_number, add_progress
+from ..shards.exit_codes import UsageError
+from ..shards.output import printable
 from .options import MODEL, add_batches, add_loading, add_nearest
 
 
@@ -21,13 +23,14 @@ def add(commands: Commands) -> None:
         description="Index images for search; called again it adds what is new, or goes on where it was interrupted.",
         examples=[
             "msa-openclip index MSA-ViT-B=epoch_9.pt tiles.index --shards 'tiles/train-{000000..000063}.tar'",
+            "msa-openclip index verify tiles.index    # compares every file with what was written",
             "torchrun --nproc-per-node 8 -m -- msa_openclip index MSA-ViT-B=epoch_9.pt tiles.index --folder tiles",
         ],
         resumes=True,
     )
-    command.add_argument("model", metavar="MODEL", help=MODEL)
+    command.add_argument("model", metavar="MODEL", help=f"{MODEL}; or `verify`, to check an index")
     command.add_argument("index", metavar="INDEX", help="folder of the index")
-    sources = command.add_mutually_exclusive_group(required=True)
+    sources = command.add_mutually_exclusive_group()
     sources.add_argument("--shards", metavar="PATTERN", help="WebDataset shards, e.g. 'data/train-{000..063}.tar'")
     sources.add_argument("--folder", metavar="FOLDER", help="folder of images, also TIFF")
     add_nearest(command)
@@ -38,8 +41,13 @@ def add(commands: Commands) -> None:
     add_progress(group)
 
 
-def run(parsed: argparse.Namespace) -> None:
-    """Build or extend an index."""
+def run(parsed: argparse.Namespace) -> int:
+    """Build or extend an index, or verify one."""
+    if parsed.model == "verify":
+        return _verify(parsed.index)
+    if not (parsed.shards or parsed.folder):
+        raise UsageError("one of the arguments --shards --folder is required")
+
     from ..data.readers import read_folder, read_shards
     from ..distributed import Peers
     from ..search.build import build_index
@@ -66,3 +74,16 @@ def run(parsed: argparse.Namespace) -> None:
         index = ImageIndex(parsed.index, model)
         nearest(index, parsed.nearest)
         print(f"{parsed.index}: {len(index)} images, {new} of them new, {new / max(seconds, 1e-9):.1f} images/s")
+    return 0
+
+
+def _verify(folder: str) -> int:
+    from ..search.verify import verify_index
+
+    found = verify_index(folder)
+    for problem in found.problems:
+        print(printable(problem))
+    if not found.problems:
+        counts = f"{found.images} images in {found.segments} segments, {found.rejected} left out"
+        print(f"{folder}: {counts}; every file is as it was written.")
+    return 1 if found.problems else 0

@@ -6,12 +6,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..search.options import CANDIDATES
 from ..shards.arguments import Commands, add_command, add_number
 from ..shards.exit_codes import UsageError
+from ..shards.output import printable
 from .options import add_loading, add_moved_model, add_nearest
 
 if TYPE_CHECKING:
@@ -68,14 +68,14 @@ def run(parsed: argparse.Namespace) -> None:
     if bool(parsed.queries) == bool(parsed.like or parsed.describe):
         raise UsageError("give either texts, or images with --like or --describe")
 
-    from ..search.files import read_manifest
     from ..search.index import ImageIndex
+    from ..search.known_models import model_of, remember
     from ..search.nearest import nearest
     from ..search.searcher import Searcher
     from .inputs import load_model
 
-    spec = parsed.model or read_manifest(Path(parsed.index)).model
-    index = ImageIndex(parsed.index, load_model(spec, parsed))
+    index = ImageIndex(parsed.index, load_model(model_of(parsed.index, parsed.model), parsed))
+    remember(index.model)
     searcher = Searcher(index, candidates=parsed.candidates, nearest=nearest(index, parsed.nearest))
     where = _filter(parsed)
     names = parsed.queries or [*parsed.like, *parsed.describe]
@@ -118,9 +118,9 @@ def _row(hit: Hit) -> dict[str, Any]:
 
 
 def _text(name: str, hits: Sequence[Hit]) -> str:
-    lines = [name]
+    lines = [printable(name)]
     for rank, hit in enumerate(hits, start=1):
         scales = " ".join(f"{value:7.3f}" for value in hit.match)
         answer = hit.text if hit.image is None else ": ".join((hit.image.image_id, *hit.image.captions[:1]))
-        lines.append(f"  {rank:3}  {hit.score:8.3f}  cos {hit.cosine:6.3f}  {scales}  {answer}")
+        lines.append(f"  {rank:3}  {hit.score:8.3f}  cos {hit.cosine:6.3f}  {scales}  {printable(answer or '')}")
     return "\n".join(lines if hits else [*lines, "  nothing found"])

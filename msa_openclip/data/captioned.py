@@ -28,3 +28,5 @@ class CaptionedImage:
     label: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """What else shards know of it: `geo` (crs, bounds, gsd_m), `meta`."""
+    content: str = field(default="", compare=False)
+    """What tells this image from others of its name, and from a later version of itself; empty where nobody looked."""

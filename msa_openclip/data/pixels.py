@@ -35,6 +35,19 @@ def load_image(image: CaptionedImage) -> Image.Image:
         raise EvalDataError(f"{image.location.url}: image {image.image_id} cannot be read: {error}") from error
 
 
+def image_pixels(image: CaptionedImage, preprocess: Preprocess) -> Tensor:
+    """Preprocessed pixels (3, h, w) of one image.
+
+    Raises:
+        EvalDataError: it cannot be read, decoded or brought to its size.
+    """
+    decoded = load_image(image)
+    try:
+        return preprocess(decoded)
+    except Exception as error:  # a picture of one row and a million columns, for example
+        raise EvalDataError(f"{image.location.url}: image {image.image_id} cannot be preprocessed: {error}") from error
+
+
 class _Pixels(Dataset[Tensor]):
     def __init__(self, images: Sequence[CaptionedImage], preprocess: Preprocess) -> None:
         self.images, self.preprocess = images, preprocess
@@ -43,7 +56,7 @@ class _Pixels(Dataset[Tensor]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.preprocess(load_image(self.images[index]))
+        return image_pixels(self.images[index], self.preprocess)
 
 
 def batch_spans(total: int, size: int) -> list[range]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
+import reprlib
 import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import IO
+from typing import IO, Any
 
 from braceexpand import braceexpand
 
@@ -23,13 +23,15 @@ from ..shards.readers import intake
 from ..shards.records import Location, Rejection, clean_caption
 from ..shards.storage import store, tars
 from .captioned import CaptionedImage, EvalDataError
-from .streams import StreamError, open_shard, retrying
+from .small_files import FileProblem, parse_json, require_regular
+from .streams import StreamError, open_shard, read_location, retrying, version_of
 
 
 def read_shards(shards: str | Sequence[str]) -> list[CaptionedImage]:
     """Images of WebDataset shards in the image or pair layout, in their order; pairs of one image put together again.
 
-    An image is known by `image_id` of its JSON; shards of other makers have none, there equal bytes are one image.
+    An image is known by `image_id` of its JSON and by its bytes: sets that were made apart may use the same names.
+    Shards of other makers have no `image_id`, there equal bytes alone are one image.
 
     Args:
         shards: URLs, with braces and `::` as open_clip has them; read as the trainer reads them, with retries and
@@ -38,16 +40,17 @@ def read_shards(shards: str | Sequence[str]) -> list[CaptionedImage]:
         EvalDataError: a shard cannot be read, or a sample lacks its image or text.
     """
     urls = expand(shards) if isinstance(shards, str) else list(shards)
-    found: dict[str, CaptionedImage] = {}
+    found: dict[tuple[str, str], CaptionedImage] = {}
     for url in urls:
         try:
             for image in _read_shard(url):
-                known = found.get(image.image_id)
+                identity = (image.image_id, image.content)
+                known = found.get(identity)
                 captions = (*known.captions, *image.captions) if known else image.captions
-                found[image.image_id] = replace(known or image, captions=captions)
+                found[identity] = replace(known or image, captions=captions)
         except StreamError as error:
             raise EvalDataError(str(error)) from error
-        except (OSError, tarfile.TarError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
             raise EvalDataError(f"{url}: not a readable shard ({type(error).__name__}: {error}).") from error
     return list(found.values())
 
@@ -95,12 +98,75 @@ def _read_shard(url: str) -> Iterator[CaptionedImage]:
                     "silence. Build the shards with `msa-openclip shards`."
                 )
             text = tars.read_member(file, members["txt"]).decode()
-            metadata = json.loads(tars.read_member(file, members["json"])) if "json" in members else {}
-            image_id = metadata.get("image_id") or "sha256:" + hashlib.sha256(tars.read_member(file, image)).hexdigest()
+            content = _digest(tars.read_member(file, image))
+            metadata = _metadata(tars.read_member(file, members["json"]) if "json" in members else b"{}", url, key)
+            image_id = metadata.get("image_id") or f"sha256:{content}"
             captions = tuple(filter(None, map(clean_caption, text.splitlines())))
             location = Location(place_url, image.offset, image.size)
-            known = {key: metadata[key] for key in ("geo", "meta") if key in metadata}
-            yield CaptionedImage(image_id, location, captions, metadata.get("class"), known)
+            known: dict[str, Any] = {name: metadata[name] for name in ("geo", "meta") if name in metadata}
+            yield CaptionedImage(image_id, location, captions, metadata.get("class"), known, content)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _metadata(data: bytes, url: str, key: str) -> dict[str, Any]:
+    """The JSON of a sample, whoever made it: what is used of it has the types that everything after this expects.
+
+    Raises:
+        EvalDataError: it is no object, or a field is of another type; the message names shard, sample and field.
+    """
+    where = f"{url}: sample {key}: {key.rpartition('/')[2]}.json"
+    try:
+        found = parse_json(data, where)
+    except FileProblem as error:
+        kind = type(error.__cause__).__name__
+        raise EvalDataError(f"{url}: not a readable shard ({kind}: {error}).") from error
+    if not isinstance(found, dict):
+        raise EvalDataError(f"{where}: expected an object, got {type(found).__name__}.")
+    if type(found.get("image_id")) is int:  # as other makers number their images
+        found["image_id"] = str(found["image_id"])
+    fields: tuple[tuple[str, type, str], ...] = (
+        ("image_id", str, "a text"),
+        ("class", str, "a text"),
+        ("geo", dict, "an object"),
+        ("meta", dict, "an object"),
+    )
+    for field, type_, expected in fields:
+        if found.get(field) is None:
+            found.pop(field, None)
+        elif not isinstance(found[field], type_):
+            raise EvalDataError(f"{where}: {field} is {reprlib.repr(found[field])}, expected {expected}.")
+    bounds = found.get("geo", {}).get("bounds")
+    if bounds is not None and not are_bounds(bounds):
+        raise EvalDataError(f"{where}: geo.bounds is {reprlib.repr(bounds)}, expected west, south, east, north.")
+    return found
+
+
+def are_bounds(value: Any) -> bool:
+    """Whether a value is four finite numbers."""
+    if not (isinstance(value, list) and len(value) == 4):
+        return False
+    return all(type(number) in (int, float) and abs(number) < 1e15 for number in value)  # NaN compares as false
+
+
+def content_of(location: Location) -> str:
+    """What tells an image from others of its name and from later versions of itself: a hash of its bytes.
+
+    Of whole remote files it is what their store says of them, so that nothing is read; empty where a local file cannot
+    be read.
+
+    Raises:
+        StreamError: a store cannot be reached.
+    """
+    if not store.is_local(location.url):
+        return _digest(version_of(location.url).encode() if location.offset is None else read_location(location))
+    try:
+        require_regular(store.local_path(location.url))
+        return _digest(read_location(location))
+    except (OSError, ValueError):
+        return ""
 
 
 def read_captions(
@@ -143,13 +209,24 @@ def read_csv(path: str, image_key: str, caption_key: str, separator: str = "\t")
         EvalDataError: a column is missing.
     """
     found: dict[str, list[str]] = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file, delimiter=separator)
-        missing = {image_key, caption_key} - set(rows.fieldnames or ())
-        if missing:
-            raise EvalDataError(f"{path}: no column {sorted(missing)[0]!r}; it has {', '.join(rows.fieldnames or ())}.")
-        for row in rows:
-            found.setdefault(row[image_key], []).append(clean_caption(row[caption_key]))
+    try:
+        require_regular(path)
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file, delimiter=separator)
+            names = list(rows.fieldnames or ())
+            for name in (image_key, caption_key):
+                if names.count(name) != 1:
+                    has = f"{names.count(name)} columns {name!r}" if name in names else f"no column {name!r}"
+                    raise EvalDataError(f"{path}: {has}; it has {', '.join(names)}.")
+            for row in rows:
+                image, caption = row[image_key], row[caption_key]
+                if not image or caption is None:
+                    raise EvalDataError(f"{path}: line {rows.line_num}: no {caption_key if image else image_key}.")
+                found.setdefault(image, []).append(clean_caption(caption))
+    except FileProblem as error:
+        raise EvalDataError(str(error)) from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise EvalDataError(f"{path}: not a CSV that can be read: {error}.") from error
     return [CaptionedImage(name, Location(name), tuple(filter(None, texts))) for name, texts in found.items()]
 
 

@@ -72,6 +72,27 @@ def read_if_there(url: str) -> bytes | None:
         raise
 
 
+def version_of(url: str) -> str:
+    """What tells this version of a remote file from the next, without reading it.
+
+    Raises:
+        StreamError: the store cannot be asked.
+    """
+    return _version(url, _info(url))
+
+
+def _info(url: str) -> dict[str, Any]:
+    def find() -> dict[str, Any]:
+        filesystem, path = store.filesystem(url)
+        return cast("dict[str, Any]", filesystem.info(path))
+
+    return retrying(url, find)
+
+
+def _version(url: str, info: dict[str, Any]) -> str:
+    return repr([url, *(info.get(name) for name in store.VERSION_FIELDS)])
+
+
 def read_location(location: Location) -> bytes:
     """The bytes of one image, wherever it lies; those of a remote shard from its cached copy, where there is one.
 
@@ -197,12 +218,8 @@ def _cached(url: str, folder: Path, fill: bool) -> str:
     only.  Two who miss it at once both download it and the later takes the place of the earlier, equal one.
     """
 
-    def find() -> dict[str, Any]:
-        filesystem, path = store.filesystem(url)
-        return cast("dict[str, Any]", filesystem.info(path))
-
-    info = retrying(url, find)
-    version = repr([url, *(info.get(name) for name in store.VERSION_FIELDS)])
+    info = _info(url)
+    version = _version(url, info)
     copy = folder / f"{hashlib.sha256(version.encode()).hexdigest()[:16]}-{store.base_name(url)}"
     if copy.exists():
         return str(copy)

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.pixels import Preprocess, batch_spans, batches
-from ..distributed import Peers
+from ..distributed import Peers, failing_together
 from .eval_set import EvalSet
 from .metrics import Retrieval, Ties
 from .options import EvalOptions
@@ -88,7 +88,8 @@ def encode_images(
     mine = spans[peers.rank :: peers.world_size] or spans[:1]  # one at least, to learn the shapes from
     bank: tuple[Tensor, ...] = ()
     shown = options.progress and peers.rank == 0
-    with tqdm(total=sum(map(len, mine)), desc="encoding images", unit=" images", leave=False, disable=not shown) as bar:
+    progress = tqdm(total=sum(map(len, mine)), desc="encoding images", unit=" images", leave=False, disable=not shown)
+    with failing_together(peers), progress as bar:
         for span, pixels in zip(mine, batches(data.images, preprocess, mine, options.workers), strict=True):
             fields = scorer.images(pixels).fields()
             bank = bank or _allocate(fields, total, options.memory_bytes // 2)
@@ -150,15 +151,16 @@ class _CaptionBlocks:
         """First pass: (R, P) scores of the distinct right pairs."""
         right = torch.zeros(len(self.scorer.rankings), len(self.pair_image), device=self.scorer.device)
         everyone = torch.arange(len(self.data.images))
-        for start in self._strips("scoring captions"):
-            texts = self._encode(start)
-            owners = self.pair_image[self._pairs(start)].unique()  # type: ignore[no-untyped-call]
-            strip_bytes = 4 * len(self.scorer.rankings) * len(everyone) * len(texts.feature)
-            if strip_bytes <= self.spare_bytes:
-                self.spare_bytes -= strip_bytes
-                self.kept[start] = list(self._tiles(texts, everyone, start))
-            for tile in self.kept.get(start) or self._tiles(texts, owners, start):
-                self._pick(tile, right)
+        with failing_together(self.peers):
+            for start in self._strips("scoring captions"):
+                texts = self._encode(start)
+                owners = self.pair_image[self._pairs(start)].unique()  # type: ignore[no-untyped-call]
+                strip_bytes = 4 * len(self.scorer.rankings) * len(everyone) * len(texts.feature)
+                if strip_bytes <= self.spare_bytes:
+                    self.spare_bytes -= strip_bytes
+                    self.kept[start] = list(self._tiles(texts, everyone, start))
+                for tile in self.kept.get(start) or self._tiles(texts, owners, start):
+                    self._pick(tile, right)
         if self.peers.world_size > 1:
             dist.all_reduce(right)
         return right
@@ -180,11 +182,12 @@ class _CaptionBlocks:
                 )
             )
         everyone = torch.arange(images)
-        for start in self._strips("counting ranks"):
-            for tile in self.kept.pop(start, None) or self._tiles(self._encode(start), everyone, start):
-                for pair_of_counters, scores in zip(counters, tile.scores, strict=True):
-                    for counter in pair_of_counters:
-                        counter.add(scores, int(tile.rows[0]), tile.column)
+        with failing_together(self.peers):
+            for start in self._strips("counting ranks"):
+                for tile in self.kept.pop(start, None) or self._tiles(self._encode(start), everyone, start):
+                    for pair_of_counters, scores in zip(counters, tile.scores, strict=True):
+                        for counter in pair_of_counters:
+                            counter.add(scores, int(tile.rows[0]), tile.column)
         if self.peers.world_size > 1:
             for counter in (counter for pair_of_counters in counters for counter in pair_of_counters):
                 dist.all_reduce(counter.counts)

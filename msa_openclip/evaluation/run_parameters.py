@@ -6,6 +6,8 @@ import ast
 from pathlib import Path
 from typing import Any
 
+from ..data.small_files import FileProblem, read_text
+
 MODEL_OPTIONS = (
     "force_quick_gelu",
     "force_image_size",
@@ -31,7 +33,10 @@ def read_parameters(run: Path) -> dict[str, Any]:
         RunError: there is no params.txt, or it names no model.
     """
     path = run / "params.txt"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    try:
+        lines = read_text(path).splitlines() if path.exists() else []
+    except FileProblem as error:
+        raise RunError(str(error)) from error
     pairs = (line.partition(": ") for line in lines)
     parameters = {name: _value(text) for name, found, text in pairs if found}
     if not isinstance(parameters.get("model"), str):
@@ -62,5 +67,5 @@ def model_options(checkpoint: str, model: str) -> dict[str, Any]:
 def _value(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # of what is nested too deeply, the last two
         return text

@@ -82,6 +82,25 @@ def _longest(mask: Tensor) -> int:
     return int(attended[-1]) + 1 if len(attended) else 1
 
 
+def _normalised(feature: Tensor, what: str) -> Tensor:
+    """Features (n, E) of length 1 in float32; `_finite`."""
+    return _finite(F.normalize(feature.float(), dim=-1), what)
+
+
+def _finite(feature: Tensor, what: str) -> Tensor:
+    """Features in float32.
+
+    Raises:
+        ValueError: one holds NaN or infinity, of which every score would be NaN.
+    """
+    if not torch.isfinite(feature).all():
+        raise ValueError(
+            f"the features of {what} are not finite, so that scores hold NaN, which no ranking can order; check the "
+            "model's weights and precision."
+        )
+    return feature.float()
+
+
 class Scorer:
     """Encodes with one model and scores by each of its rankings.
 
@@ -122,17 +141,17 @@ class Scorer:
         with torch.inference_mode(), self._cast():
             if self.has_match:
                 feature, side = self.model.image_side(pixels)
-                return EncodedImages(feature.float(), ImageSide(*(field.float() for field in side)))
-            return EncodedImages(F.normalize(self.model.encode_image(pixels).float(), dim=-1), None)
+                return EncodedImages(_finite(feature, "images"), ImageSide(*(field.float() for field in side)))
+            return EncodedImages(_normalised(self.model.encode_image(pixels), "images"), None)
 
     def project(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """What an index keeps of images (I, 3, h, w): global features (I, E) and MSCMAT's vectors m (I, S, D)."""
         pixels = pixels.to(self.device, self.input_dtype)
         with torch.inference_mode(), self._cast():
             if not self.has_match:
-                return F.normalize(self.model.encode_image(pixels).float(), dim=-1), None
+                return _normalised(self.model.encode_image(pixels), "images"), None
             feature, pooled = self.model.pooled_scales(pixels)
-            return feature.float(), self.model.mscmat.project_image(pooled).float()
+            return _finite(feature, "images"), self.model.mscmat.project_image(pooled).float()
 
     def fold(self, feature: Tensor, projected: Tensor | None) -> EncodedImages:
         """Global features (I, E) and vectors m (I, S, D) of an index, ready to score."""
@@ -147,12 +166,14 @@ class Scorer:
         ids = ids.to(self.device)
         with torch.inference_mode(), self._cast():
             if not self.has_match:
-                return EncodedTexts(F.normalize(self.model.encode_text(ids).float(), dim=-1), None)
+                return EncodedTexts(_normalised(self.model.encode_text(ids), "texts"), None)
             model, ids = without_padding(self.model, ids)
             feature, side = model.text_side(ids)
             length = _longest(side.mask)
             key, value = side.key[:, :, :length].float(), side.value[:, :, :length].float()
-            return EncodedTexts(feature.float(), TextSide(key, value, side.feature.float(), side.mask[:, :length]))
+            return EncodedTexts(
+                _finite(feature, "texts"), TextSide(key, value, side.feature.float(), side.mask[:, :length])
+            )
 
     def scores(self, images: EncodedImages, texts: EncodedTexts) -> Tensor:
         """Scores of every image with every text by every ranking, (R, I, T) float32."""

@@ -9,9 +9,16 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from ..evaluation.loading import LoadedModel
+from ..shards.output import printable
 from .explanation import ExplainError, Explanation
 
 _DARK = 0.2
+
+
+def literal(text: str) -> str:
+    """Text as matplotlib shows it letter by letter: dollar signs would start a formula, and fail in most captions."""
+    shown: str = printable(text)
+    return shown.replace("$", r"\$")
 
 
 def view(model: LoadedModel, picture: Image.Image) -> Image.Image:
@@ -59,9 +66,9 @@ def figure(explanation: Explanation, picture: Image.Image) -> Any:
         places = list(range(len(parts)))
         colours = ["#2a7f62" if value > 0 else "#b5482f" for _, value in parts]
         bottom.barh(places, [value for _, value in parts], color=colours)
-        bottom.set_yticks(places, [text for text, _ in parts])
+        bottom.set_yticks(places, [literal(text) for text, _ in parts])
         bottom.invert_yaxis()
         bottom.axvline(0, color="#444", linewidth=0.8)
         bottom.set_xlabel("part of the logit")
-    drawn.suptitle(f"{explanation.text}\ncosine {explanation.cosine:.3f}, fused {explanation.fused:.2f}")
+    drawn.suptitle(f"{literal(explanation.text)}\ncosine {explanation.cosine:.3f}, fused {explanation.fused:.2f}")
     return drawn

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from ..config import MSACfg
 from ..pair_scores.formula import ImageSide, TextSide
 from .mscmat import IMAGE_SIDE_KEYS, MSCMAT, TEXT_SIDE_KEYS, fused_scores, match_scores
-from .towers import GatedScales, ImageScales, TowerPlusScales, pad_id, text_token_width, token_mask, unused_parameters
+from .towers import (
+    GatedScales,
+    ImageScales,
+    TowerPlusScales,
+    freeze_locked_norms,
+    pad_id,
+    text_token_width,
+    token_mask,
+    unused_parameters,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -142,8 +151,15 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         return output
 
     def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
-        """As open_clip's own; what no loss reaches stays frozen in the groups that it leaves unlocked."""
-        super().lock_image_tower(unlocked_groups, freeze_bn_stats)
+        """As open_clip's own; what no loss reaches stays frozen in the groups that it leaves unlocked.
+
+        Where timm's norms carry their activation, open_clip 3.3 would freeze them without it, which destroys the
+        features.
+        """
+        trunk = getattr(self.visual, "trunk", None)
+        super().lock_image_tower(unlocked_groups, freeze_bn_stats and trunk is None)
+        if freeze_bn_stats and trunk is not None:
+            freeze_locked_norms(trunk)
         self._freeze_unused()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

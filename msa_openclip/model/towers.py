@@ -167,6 +167,21 @@ def unused_parameters(scales: ImageScales, visual: nn.Module) -> list[nn.Paramet
     return [own for own, gradient in zip(visual.parameters(), gradients, strict=True) if gradient is None]
 
 
+def freeze_locked_norms(trunk: nn.Module) -> None:
+    """Fix the statistics of a timm tower's batch norms, in place, in those parts whose parameters are frozen already.
+
+    timm's own function keeps the activation and dropout that its norms carry.
+    """
+    from timm import layers
+
+    freeze: Any = layers.freeze_batch_norm_2d  # type: ignore[attr-defined]
+    for parent in list(trunk.modules()):
+        for name, child in list(parent.named_children()):
+            is_norm = isinstance(child, (nn.BatchNorm2d, nn.SyncBatchNorm))
+            if is_norm and not any(parameter.requires_grad for parameter in child.parameters()):
+                parent.add_module(name, freeze(child))
+
+
 def image_size(visual: Any) -> tuple[int, int]:
     """Height and width in pixels of the images that a tower expects."""
     size = visual.image_size

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..data.small_files import FileProblem, read_json
+
 CONFIG_DIR_VARIABLE = "MSA_OPENCLIP_CONFIGS"
 """Environment variable: a directory of model configuration files of the user's own (several, as in PATH)."""
+_LARGEST_CONFIG = 1 << 20  # bytes
 
 _log = logging.getLogger(__name__)
 
 
 def register_configs(factory: ModuleType) -> None:
-    known = set(factory._MODEL_CONFIGS)
-    files = [path for path in config_files() if _is_usable(path, known)]
-    factory._MODEL_CONFIG_PATHS.extend(files)
-    factory._rescan_model_configs()
-    pretrained = getattr(sys.modules.get("open_clip.pretrained"), "_PRETRAINED", None)
-    for path in files:
-        settings = factory._MODEL_CONFIGS[path.stem].get("msa_cfg")
+    """Make open_clip know the models of all usable files, and the pretrained tags of their bases.
+
+    open_clip gets their content, not their paths: it would open them in the locale's encoding, whatever they are.
+    """
+    for path in config_files():
+        config = _usable(path, factory._MODEL_CONFIGS)
+        if config is None:
+            continue
+        factory._MODEL_CONFIGS[path.stem] = config
+        settings = config.get("msa_cfg")
         base = settings.get("base") if isinstance(settings, dict) else None
+        pretrained = getattr(sys.modules.get("open_clip.pretrained"), "_PRETRAINED", None)
         if pretrained is not None and isinstance(base, str) and base in pretrained:
             pretrained.setdefault(path.stem, pretrained[base])  # a warm start accepts the tags of the same towers
+    factory._rescan_model_configs()  # puts the names in open_clip's order
 
 
 def config_files() -> Iterator[Path]:
@@ -48,25 +55,21 @@ def _shipped_configs(package: Path) -> Path:
     return installed if installed.is_dir() else package.parent / "model_configs"
 
 
-def _is_usable(path: Path, known: set[str]) -> bool:
-    """Whether open_clip can register the file; says why not, where open_clip would fail or pass it over in silence."""
+def _usable(path: Path, known: Collection[str]) -> dict[str, Any] | None:
+    """The configuration in a file, if open_clip can use it; else the log says why not."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        _log.warning("%s is not registered as a model: %s", path, error)
-        return False
-    if not isinstance(config, dict):
-        _log.warning("%s is not registered as a model: it holds no object.", path)
-        return False
-    absent = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
-    if absent:
-        _log.warning("%s is not registered as a model: it lacks the key %r.", path, absent[0])
-        return False
-    if path.stem in known:
-        _log.warning("%s is not registered as a model: the name %s is taken; rename the file.", path, path.stem)
-        return False
-    known.add(path.stem)
-    return True
+        config = read_json(path, _LARGEST_CONFIG)
+        if not isinstance(config, dict):
+            raise FileProblem(f"{path}: it holds no object.")
+        absent = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
+        if absent:
+            raise FileProblem(f"{path}: it lacks the key {absent[0]!r}.")
+        if path.stem in known:
+            raise FileProblem(f"{path}: the name {path.stem} is taken; rename the file.")
+    except (OSError, FileProblem) as error:
+        _log.warning("%s is not registered as a model: %s", path, str(error).removeprefix(f"{path}: "))
+        return None
+    return config
 
 
 def model_config(model_name: str, cache_dir: str | None = None) -> dict[str, Any] | None:
@@ -76,6 +79,9 @@ def model_config(model_name: str, cache_dir: str | None = None) -> dict[str, Any
     try:
         if schema == "hf-hub" and cache_dir is not None:
             config = factory._get_hf_config(identifier, cache_dir=cache_dir)
+            found = config.get("model_cfg", config)
+        elif schema == "local-dir":  # open_clip would wait for ever for a pipe of this name
+            config = read_json(Path(identifier) / "open_clip_config.json", _LARGEST_CONFIG)
             found = config.get("model_cfg", config)
         else:
             found = factory.get_model_config(model_name if schema else model_name.replace("/", "-"))

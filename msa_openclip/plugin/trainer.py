@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import logging
 import os
 from collections.abc import Callable
 from types import FunctionType, ModuleType
@@ -10,6 +12,8 @@ from typing import Any
 
 from .configs import msa_settings
 from .patching import replace, with_global
+
+_log = logging.getLogger(__name__)
 
 LOADER_VARIABLE = "MSA_OPENCLIP_LOADER"
 """Environment variable: `msa` (default) reads shards by our loader for MSA models, `all` for every model."""
@@ -37,17 +41,25 @@ def _evaluate_with_retrieval(
 ) -> Any:
     """open_clip's `evaluate` with our metrics in the same record; every rank has to call it, as open_clip does.
 
+    While training nothing is raised: open_clip writes the epoch's checkpoint after it has validated.
+
     Args:
         original: open_clip_train.train.evaluate; its other arguments follow as they are.
     Raises:
-        EvalDataError: the validation data cannot be read.
+        EvalDataError: the validation data cannot be read, and nothing is trained.
     """
-    from ..training.validation import is_asked_for, retrieval_metrics
+    from ..training.validation import is_asked_for, metrics_or_none
 
-    if is_asked_for(model, data, epoch, args):
-        evaluate_and_report = _reporting(original, retrieval_metrics(model, args, tokenizer))
+    if not is_asked_for(model, data, epoch, args):
+        return original(model, data, epoch, args, tb_writer=tb_writer, tokenizer=tokenizer)
+    evaluate_and_report = _reporting(original, metrics_or_none(model, data, args, tokenizer))
+    try:
         return evaluate_and_report(model, data, epoch, args, tb_writer=tb_writer, tokenizer=tokenizer)
-    return original(model, data, epoch, args, tb_writer=tb_writer, tokenizer=tokenizer)
+    except Exception:
+        if "train" not in data:
+            raise
+        _log.exception("Validation failed after epoch %s; training goes on.", epoch)
+        return {}
 
 
 def _reporting(original: FunctionType, metrics: dict[str, float]) -> Callable[..., Any]:
@@ -86,16 +98,23 @@ def extend_train_data(data: ModuleType) -> None:
     With LOADER_VARIABLE=all other models read by it too, so that two models can be compared on the same batches.
     """
     original = data.get_wds_dataset
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def get_wds_dataset(args: Any, *positional: Any, **named: Any) -> Any:
         wanted = os.environ.get(LOADER_VARIABLE, "msa")
         if wanted not in ("msa", "all"):
             raise ValueError(f"{LOADER_VARIABLE}: {wanted!r} is unknown; choose msa or all.")
-        if wanted == "msa" and msa_settings(getattr(args, "model", ""), getattr(args, "cache_dir", None)) is None:
+        is_msa = msa_settings(getattr(args, "model", ""), getattr(args, "cache_dir", None)) is not None
+        if wanted == "msa" and not is_msa:
             return original(args, *positional, **named)
         from ..training import loader as shard_data
 
-        return shard_data.get_wds_dataset(args, *positional, **named)
+        found = shard_data.get_wds_dataset(args, *positional, **named)
+        if args.train_data and not signature.bind(args, *positional, **named).arguments["is_train"]:
+            from ..training.validation import prepare
+
+            prepare(args, is_msa=is_msa)
+        return found
 
     replace(data, "get_wds_dataset", get_wds_dataset)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
+
+from .run_selection import read_results
 
 RANKINGS = ("global", "match", "fused")
 
@@ -26,8 +27,7 @@ def read_curves(run: Path) -> tuple[Curves, Curves]:
             for term, value in re.findall(r" (\w+_loss): ([0-9.eE+-]+) \(", line):
                 losses.setdefault(term.lower(), {})[epoch + seen / total] = float(value)
     recalls: Curves = {}
-    for line in (run / "checkpoints" / "results.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_results(run / "checkpoints" / "results.jsonl"):
         for ranking in RANKINGS:
             if f"retrieval_{ranking}_mR" in row:
                 recalls.setdefault(ranking, {})[row["epoch"]] = row[f"retrieval_{ranking}_mR"]

@@ -6,12 +6,14 @@ chosen by what `open_clip_train.main --val-data` wrote to results.jsonl, and onl
 
 from __future__ import annotations
 
-import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ..data.small_files import FileProblem, parse_json, read_text
 from ..evaluation.run_parameters import RunError, read_parameters
 
 METRIC = "retrieval_fused_mR"
@@ -50,16 +52,47 @@ def best_epoch(run: str, metric: str = METRIC) -> BestEpoch:
     results = folder / "checkpoints" / "results.jsonl"
     if not results.is_file():
         raise RunError(f"{results}: not found; give LOGS/NAME of a run trained with --val-data.")
-    rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines() if line.strip()]
-    values = {int(row["epoch"]): float(row[metric]) for row in rows if metric in row and "epoch" in row}
-    if not values:
+    rows = read_results(results)
+    measured = {row["epoch"]: row[metric] for row in rows if metric in row and "epoch" in row}
+    odd = [(epoch, value) for epoch, value in measured.items() if type(epoch) is not int or not _is_number(value)]
+    if odd:
+        raise RunError(f"{results}: epoch {odd[0][0]!r} has {metric} {odd[0][1]!r}, which is no number.")
+    if not measured:
         known = sorted({key for row in rows for key in row})
         raise RunError(f"{results}: no epoch has {metric!r}; known are {', '.join(known) or 'none'}.")
+    values = {epoch: float(value) for epoch, value in measured.items() if math.isfinite(value)}
+    if not values:
+        raise RunError(f"{results}: {metric!r} is not finite in any epoch; the training diverged.")
     epoch = max(values, key=lambda number: (values[number], -number))
     checkpoint = folder / "checkpoints" / f"epoch_{epoch}.pt"
     if not checkpoint.is_file():
         raise RunError(f"{checkpoint}: not found, and epoch {epoch} is the best; train with --save-frequency 1.")
     return BestEpoch(run, read_parameters(folder)["model"], epoch, metric, values[epoch], str(checkpoint))
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The lines of a results.jsonl, each an object.
+
+    Raises:
+        RunError: a line is something else; the message names it.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        for number, line in enumerate(read_text(path).splitlines(), start=1):
+            if not line.strip():
+                continue
+            row = parse_json(line, f"{path}: line {number}")
+            if not isinstance(row, dict) or isinstance(row.get("epoch"), (list, dict)):
+                raise FileProblem(f"{path}: line {number}: no record of an epoch; remove the line.")
+            rows.append(row)
+    except FileProblem as error:
+        raise RunError(str(error)) from error
+    return rows
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value out of JSON is a number that can be compared, NaN and infinity included."""
+    return type(value) is float or (type(value) is int and abs(value) < 1 << 53)
 
 
 def mean_and_sd(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float]]:

@@ -1,16 +1,18 @@
 """Build an index of images: global vectors, MSCMAT's vectors m in half precision, what is known of each.
 
-A segment's name is a hash of its images and the format: a build that was interrupted finds its segments again, and
-ranks of one build share segments by number alone.  The files are those of `index_files`.
+A segment's name is a hash of the format, the model and its images with their content: a build that was interrupted
+finds its own segments again, never those of another model or of images that have been replaced since, and ranks of one
+build share segments by number alone.  The files are those of `files`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import time
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,23 +23,35 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.captioned import CaptionedImage
-from ..data.pixels import batch_spans, batches
+from ..data.captioned import CaptionedImage, EvalDataError
+from ..data.pixels import batch_spans, batches, image_pixels
+from ..data.readers import content_of
+from ..data.streams import StreamError
 from ..distributed import Peers
 from ..evaluation.loading import LoadedModel
+from ..shards.storage import store
+from ..shards.storage.locking import one_writer
 from .files import (
     FORMAT,
     ImageIndexError,
     Manifest,
-    Segment,
+    is_written,
+    read_lines,
     read_manifest,
-    records,
+    read_segment,
+    remove_left_over,
     to_record,
     write_manifest,
     write_segment,
 )
-from .fingerprint import check_model, fingerprint
+from .fingerprint import check_model, fingerprint, settings
+from .known_models import remember
 from .options import SEGMENT_IMAGES
+from .ranks import wait_for_ranks, working
+
+_NAMED = 20
+"""So many images that cannot be read are named in the log."""
+_log = logging.getLogger(__name__)
 
 
 def build_index(
@@ -49,54 +63,96 @@ def build_index(
     workers: int = 0,
     segment_images: int = SEGMENT_IMAGES,
     peers: Peers | None = None,
-    patience_s: float = 3600.0,
+    patience_s: float = 300.0,
     progress: bool = False,
 ) -> int:
     """Add images to an index, making it if there is none; returns how many were new to it.
 
-    Interrupted, the same call goes on where it stopped.  Ranks of a distributed run each build their share; rank 0
-    waits for the segments of the others and puts down index.json.
+    Interrupted, the same call goes on where it stopped.  Images that cannot be read are left out, and the log names
+    them.  Ranks of a distributed run each build their share; rank 0 waits for the segments of the others and puts down
+    index.json.  An image is known by its id and its content: two sets may use the same names.
 
     Args:
         model: the model; the same as before, if the index exists.
-        images: what to add; those whose image_id is in the index already are passed over.
+        images: what to add; those that are in the index already are passed over.
         folder: the index.
         segment_images: images a segment, the unit of resuming.
-        patience_s: how long rank 0 waits for other ranks without a new segment.
+        patience_s: how long rank 0 waits for another rank that shows no sign of life.
         progress: a bar on stderr, of rank 0.
     Raises:
-        ImageIndexError: the index was built with another model, an image_id occurs twice, or another rank is gone.
+        ImageIndexError: the index was built with another model, an image occurs twice or has changed since it was
+            indexed, another rank is gone, or a number is out of range.
+        BeingWritten: another process is writing to the index.
     """
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("workers", workers, 0),
+        ("segment_images", segment_images, 1),
+    ):
+        if value < least:
+            raise ImageIndexError(f"{name}: {value} must be at least {least}.")
     root, peers = Path(folder), peers or Peers()
-    exists = (root / "index.json").exists()
-    known = read_manifest(root) if exists else Manifest(model.spec, fingerprint(model.scorer))
-    check_model(root, known, model)
-    have = {record["image_id"] for segment in known.segments for record in records(root / segment.name)}
-    new = [image for image in images if image.image_id not in have]
-    if len({image.image_id for image in new}) != len(new):
-        raise ImageIndexError(f"{folder}: an image_id occurs twice among the {len(new)} images to add.")
-    parts = [new[start : start + segment_images] for start in range(0, len(new), segment_images)]
-    names = [_segment_name(part) for part in parts]
     root.mkdir(parents=True, exist_ok=True)
-    mine = list(zip(parts, names, strict=True))[peers.rank :: peers.world_size]
-    total, shown = sum(len(part) for part, _ in mine), progress and peers.rank == 0
-    with tqdm(total=total, desc="indexing", unit=" images", leave=False, disable=not shown) as bar:
-        for part, name in mine:
-            if (root / name).exists():
-                bar.update(len(part))
-            else:
-                _encode_segment(model, part, root, name, batch_size, workers, bar)
-    if peers.rank == 0:
-        _wait_for(root, names, patience_s)
-        for left in root.glob(".*.tmp"):  # of builds that were killed
-            shutil.rmtree(left, ignore_errors=True)
-        added = (Segment(name, len(part)) for name, part in zip(names, parts, strict=True))
-        write_manifest(root, replace(known, segments=(*known.segments, *added)))
-    return len(new)
+    # Other ranks write segments only, which are equal whoever writes them; what becomes of them rank 0 decides.
+    with one_writer(folder) if peers.rank == 0 else nullcontext(), working(root, peers):
+        exists = (root / "index.json").exists()
+        known = read_manifest(root) if exists else Manifest(model.spec, fingerprint(model.scorer), settings(model))
+        check_model(root, known, model, appending=True)
+        remember(model)
+        new = _new_images(root, known, images)
+        parts = [new[span.start : span.stop] for span in batch_spans(len(new), segment_images)]
+        names = [_segment_name(known, part) for part in parts]
+        mine = list(zip(parts, names, strict=True))[peers.rank :: peers.world_size]
+        total, shown = sum(len(part) for part, _ in mine), progress and peers.rank == 0
+        with tqdm(total=total, desc="indexing", unit=" images", leave=False, disable=not shown) as bar:
+            for part, name in mine:
+                if is_written(root, name):
+                    bar.update(len(part))
+                else:
+                    _encode_segment(model, part, root, name, batch_size, workers, bar)
+        if peers.rank:
+            return len(new)
+        wait_for_ranks(root, names, peers, patience_s)
+        remove_left_over(root)
+        added = [read_segment(root, name) for name in names]
+        if added or not exists:
+            write_manifest(root, replace(known, segments=(*known.segments, *added)))
+        return sum(segment.images for segment in added)
 
 
-def _segment_name(images: Sequence[CaptionedImage]) -> str:
+def _new_images(root: Path, known: Manifest, images: Sequence[CaptionedImage]) -> list[CaptionedImage]:
+    """The images that are not in the index yet, with their content.
+
+    Raises:
+        ImageIndexError: one occurs twice, or lies where another image was when it was indexed.
+    """
+    rows = [row for segment in known.segments for row in read_lines(root, segment, "records.jsonl")]
+    refused = [row for segment in known.segments for row in read_lines(root, segment, "rejected.jsonl")]
+    have = {(row["image_id"], row["content"]) for row in (*rows, *refused)}
+    content_at = {_spot(row["place"]): row["content"] for row in rows}
+    with_content = [image if image.content else replace(image, content=content_of(image.location)) for image in images]
+    new = [image for image in with_content if (image.image_id, image.content) not in have]
+    if len({(image.image_id, image.content) for image in new}) != len(new):
+        raise ImageIndexError(f"{root}: an image_id occurs twice among the {len(new)} images to add.")
+    changed = [image for image in new if _spot(to_record(image)["place"]) in content_at]
+    if changed:
+        raise ImageIndexError(
+            f"{root}: {len(changed)} images are not what they were when they were indexed, first "
+            f"{changed[0].location.url}: {changed[0].image_id}. Build a new index."
+        )
+    return new
+
+
+def _spot(place: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Where an image lies, however its file is called from the current folder."""
+    url = place["url"]
+    path = os.path.abspath(store.local_path(url)) if store.is_local(url) else url
+    return (path, *(place.get(name) for name in ("offset", "row", "column")))
+
+
+def _segment_name(manifest: Manifest, images: Sequence[CaptionedImage]) -> str:
     digest = hashlib.sha256(f"format {FORMAT}".encode())  # a segment of another format is no segment of ours
+    digest.update(json.dumps([manifest.fingerprint, dict(manifest.settings)], sort_keys=True).encode())
     for image in images:
         digest.update(json.dumps(to_record(image), sort_keys=True).encode())
     return digest.hexdigest()[:16]
@@ -111,6 +167,21 @@ def _encode_segment(
     workers: int,
     bar: tqdm[Any],
 ) -> None:
+    rejected: list[dict[str, Any]] = []
+    done = bar.n
+    try:
+        features, projected = _encode(model, images, batch_size, workers, bar)
+    except EvalDataError:
+        images, rejected = _readable(model, images)
+        bar.update(done + len(rejected) - bar.n)
+        features, projected = _encode(model, images, batch_size, workers, bar)
+    write_segment(root, name, [to_record(image) for image in images], rejected, features, projected)
+
+
+def _encode(
+    model: LoadedModel, images: Sequence[CaptionedImage], batch_size: int, workers: int, bar: tqdm[Any]
+) -> tuple[NDArray[np.float16] | None, NDArray[np.float16] | None]:
+    """Features (n, E) and, with MSCMAT, vectors m (n, S, D); None where there are none."""
     spans = batch_spans(len(images), batch_size)
     features: list[NDArray[np.float16]] = []
     projected: list[NDArray[np.float16]] = []
@@ -120,8 +191,33 @@ def _encode_segment(
         if vectors is not None:
             projected.append(_half(vectors, images[span.start]))
         bar.update(len(span))
-    vectors_or_none = np.concatenate(projected) if projected else None
-    write_segment(root, name, map(to_record, images), np.concatenate(features), vectors_or_none)
+    return np.concatenate(features) if features else None, np.concatenate(projected) if projected else None
+
+
+def _readable(
+    model: LoadedModel, images: Sequence[CaptionedImage]
+) -> tuple[list[CaptionedImage], list[dict[str, Any]]]:
+    """The images that can be read, and what is kept of the others; the log names the first of them.
+
+    Raises:
+        EvalDataError: a store cannot be reached, which says nothing of the image.
+    """
+    readable: list[CaptionedImage] = []
+    rejected: list[dict[str, Any]] = []
+    for image in images:
+        try:
+            image_pixels(image, model.preprocess)
+            readable.append(image)
+        except EvalDataError as error:
+            if isinstance(error.__cause__, StreamError) and not store.is_local(image.location.url):
+                raise
+            rejected.append({**to_record(image), "why": str(error)})
+            if len(rejected) <= _NAMED:
+                _log.warning("Left out of the index: %s", error)
+    _log.warning(
+        "%d of %d images of a segment cannot be read and are left out of the index.", len(rejected), len(images)
+    )
+    return readable, rejected
 
 
 def _half(values: Tensor, first: CaptionedImage) -> NDArray[np.float16]:
@@ -130,13 +226,3 @@ def _half(values: Tensor, first: CaptionedImage) -> NDArray[np.float16]:
         raise ImageIndexError(f"batch from image {first.image_id}: vectors that float16 cannot hold.")
     result: NDArray[np.float16] = half.numpy()
     return result
-
-
-def _wait_for(root: Path, names: Sequence[str], patience_s: float) -> None:
-    """Until all segments are there, as long as new ones keep coming."""
-    missing, since = list(names), time.monotonic()
-    while missing := [name for name in missing if not (root / name).exists()]:
-        newest = max((path.stat().st_mtime for path in root.iterdir()), default=0.0)
-        if time.monotonic() - since > patience_s and time.time() - newest > patience_s:
-            raise ImageIndexError(f"{root}: {len(missing)} segments of other ranks are missing; run the command again.")
-        time.sleep(0.05)

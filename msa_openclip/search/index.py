@@ -10,7 +10,7 @@ import json
 import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 import torch
@@ -19,27 +19,72 @@ from torch import Tensor
 
 from ..data.captioned import CaptionedImage
 from ..evaluation.loading import LoadedModel
-from .files import damaged, from_record, read_manifest
+from .checksums import CheckedFile, ChecksumError
+from .files import ImageIndexError, checked_files, damaged, from_record, read_manifest
 from .fingerprint import check_model
 
 _BLOCK = 2048
+
+
+class Vectors:
+    """An array of a segment, mapped from disk, its rows compared with their checksums when they are first read.
+
+    Args:
+        segment: folder of the segment.
+        checked: the .npy file.
+        images: rows that it must have.
+    Raises:
+        ImageIndexError: it is damaged, or no such array.
+    """
+
+    def __init__(self, segment: Path, checked: CheckedFile, images: int) -> None:
+        self._segment, self._checked = segment, checked
+        try:
+            checked.check_rows(0, 1, np.arange(1))  # what NumPy is about to parse
+            array = np.load(checked.path, mmap_mode="c")  # torch takes no read-only arrays
+            offset = array.offset
+        except Exception as error:  # for one damaged header or another NumPy raises nearly everything
+            raise damaged(segment, f"{checked.path.name}: {error}") from error
+        if array.dtype != np.float16 or array.ndim < 2 or len(array) != images:
+            raise damaged(
+                segment, f"{checked.path.name}: {array.dtype} {array.shape}, expected {images} rows of float16"
+            )
+        self.array: NDArray[np.float16] = array
+        self._offset, self._row_bytes = int(offset), array.nbytes // images
+
+    def rows(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
+        """Some rows (n, ...)."""
+        try:
+            self._checked.check_rows(self._offset, self._row_bytes, rows)
+        except ChecksumError as error:
+            raise damaged(self._segment, str(error)) from error
+        return self.array[rows]
+
+    def block(self, start: int, stop: int) -> NDArray[np.float16]:
+        """Rows from `start` to `stop`, not copied."""
+        try:
+            self._checked.check_rows(self._offset, self._row_bytes, np.arange(start, stop))
+        except ChecksumError as error:
+            raise damaged(self._segment, str(error)) from error
+        return self.array[start:stop]
 
 
 class ImageRecords(Sequence[CaptionedImage]):
     """The records of all segments as a sequence; a row is parsed when it is asked for."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[bytes | mmap.mmap, NDArray[np.int64]]] = []
+        self._parts: list[tuple[Path, bytes | mmap.mmap, NDArray[np.int64]]] = []
         self._ends: list[int] = []
 
-    def append(self, segment: Path, images: int) -> None:
+    def append(self, segment: Path, checked: CheckedFile, images: int) -> None:
         """Add the records of a segment.
 
         Raises:
-            ImageIndexError: there are not as many as images.
+            ImageIndexError: there are not as many as images, or they are damaged.
         """
-        path = segment / "records.jsonl"
+        path = checked.path
         try:
+            checked.check_all()
             with open(path, "rb") as file:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
@@ -47,7 +92,7 @@ class ImageRecords(Sequence[CaptionedImage]):
         ends = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == ord("\n"))
         if len(ends) != images:
             raise damaged(segment, f"{path.name}: {len(ends)} lines, expected {images}")
-        self._parts.append((data, np.concatenate([[-1], ends])))
+        self._parts.append((segment, data, np.concatenate([[-1], ends])))
         self._ends.append(len(self) + images)
 
     def __len__(self) -> int:
@@ -63,9 +108,12 @@ class ImageRecords(Sequence[CaptionedImage]):
         if not 0 <= row < len(self):
             raise IndexError(row)  # ends iteration
         number = bisect.bisect_right(self._ends, row)
-        data, ends = self._parts[number]
+        segment, data, ends = self._parts[number]
         place = row - (self._ends[number - 1] if number else 0)
-        return from_record(json.loads(data[ends[place] + 1 : ends[place + 1]]))
+        try:
+            return from_record(json.loads(data[ends[place] + 1 : ends[place + 1]]))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise damaged(segment, f"records.jsonl line {place + 1}: {type(error).__name__}: {error}") from error
 
 
 class ImageIndex:
@@ -88,16 +136,23 @@ class ImageIndex:
         """What is known of every image, read from disk when asked for."""
         self.filter_fields: list[NDArray[np.void]] = []
         """Of each segment what filters look at: (n,) with `label`, `date`, `bounds` (west, south, east, north)."""
-        self._features: list[NDArray[np.float16]] = []
-        self._projected: list[NDArray[np.float16]] = []
-        for segment in self.segments:
-            path = root / segment.name
-            self.images.append(path, segment.images)
-            self.filter_fields.append(_mapped(path, "facts.npy", segment.images))
-            self._features.append(_mapped(path, "features.npy", segment.images))
+        self._features: list[Vectors] = []
+        self._projected: list[Vectors] = []
+        for segment in manifest.segments:
+            path, files = root / segment.name, checked_files(root, segment)
+            if not segment.images:  # none of its images could be read
+                continue
+            self.images.append(path, files["records.jsonl"], segment.images)
+            self.filter_fields.append(_filter_fields(path, files["facts.npy"], segment.images))
+            self._features.append(Vectors(path, files["features.npy"], segment.images))
             if model.scorer.has_match:
-                self._projected.append(_mapped(path, "projected.npy", segment.images))
-        self._ends = np.cumsum([len(part) for part in self._features])
+                if "projected.npy" not in files:
+                    raise damaged(path, "projected.npy: not found")
+                self._projected.append(Vectors(path, files["projected.npy"], segment.images))
+        for parts in (self._features, self._projected):
+            if len({part.array.shape[1:] for part in parts}) > 1:
+                raise ImageIndexError(f"{root}: its segments hold vectors of different widths; build the index again.")
+        self._ends = np.cumsum([len(part.array) for part in self._features])
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -105,8 +160,10 @@ class ImageIndex:
     def features(self) -> Iterator[tuple[int, Tensor]]:
         """First row and global features (n, E) float32, a few thousand rows at a time, which stay in fast memory."""
         for end, part in zip(self._ends, self._features, strict=True):
-            for start in range(0, len(part), _BLOCK):
-                yield int(end) - len(part) + start, torch.from_numpy(part[start : start + _BLOCK]).float()
+            count = len(part.array)
+            for start in range(0, count, _BLOCK):
+                block = part.block(start, min(start + _BLOCK, count))
+                yield int(end) - count + start, torch.from_numpy(block).float()
 
     def feature_rows(self, rows: Tensor) -> Tensor:
         """Global features (n, E) float32 of some rows."""
@@ -116,21 +173,23 @@ class ImageIndex:
         """MSCMAT's vectors m (n, S, D) float32 of some rows."""
         return self._rows(self._projected, rows) if self._projected else None
 
-    def _rows(self, parts: Sequence[NDArray[np.float16]], rows: Tensor) -> Tensor:
+    def _rows(self, parts: Sequence[Vectors], rows: Tensor) -> Tensor:
         wanted = rows.cpu().numpy()
         segment = np.searchsorted(self._ends, wanted, side="right")
-        result = np.empty((len(wanted), *parts[0].shape[1:]), dtype=np.float16)
+        result = np.empty((len(wanted), *parts[0].array.shape[1:]), dtype=np.float16)
         for number in np.unique(segment):
             here = segment == number
-            result[here] = parts[number][wanted[here] - (self._ends[number] - len(parts[number]))]
+            result[here] = parts[number].rows(wanted[here] - (self._ends[number] - len(parts[number].array)))
         return torch.from_numpy(result).float()
 
 
-def _mapped(segment: Path, file: str, images: int) -> NDArray[Any]:
+def _filter_fields(segment: Path, checked: CheckedFile, images: int) -> NDArray[np.void]:
     try:
-        values: NDArray[Any] = np.load(segment / file, mmap_mode="c")  # torch takes no read-only arrays
-    except (OSError, ValueError) as error:
-        raise damaged(segment, f"{file}: {error}") from error
-    if len(values) != images:
-        raise damaged(segment, f"{file}: {len(values)} rows, expected {images}")
+        checked.check_all()
+        values: NDArray[np.void] = np.load(checked.path, mmap_mode="r")
+        label, date, bounds = values["label"], values["date"], values["bounds"]
+    except Exception as error:  # as above
+        raise damaged(segment, f"{checked.path.name}: {error}") from error
+    if label.shape != (images,) or date.shape != (images,) or bounds.shape != (images, 4):
+        raise damaged(segment, f"{checked.path.name}: {values.shape} rows, expected {images}")
     return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.small_files import read_json
+from .checksums import CheckedFile, checksums
 from .files import ImageIndexError
 from .index import ImageIndex
 from .options import KINDS
@@ -46,13 +49,17 @@ class _Approximate:
     def __init__(self, index: ImageIndex, kind: str) -> None:
         self.index, self.faiss = index, _faiss()
         path = Path(index.folder) / f"{kind}-{_name(index)}.faiss"
-        if not path.exists():
+        sums = path.with_suffix(".faiss.json")
+        if not (path.exists() and sums.exists()):
             temporary = path.with_suffix(f".{os.getpid()}.tmp")
             self.faiss.write_index(_build(self.faiss, index, kind), str(temporary))
             os.replace(temporary, path)
+            temporary.write_text(json.dumps(checksums(path)), encoding="utf-8")
+            os.replace(temporary, sums)
         try:
+            CheckedFile(path, read_json(sums)).check_all()
             self.ann = self.faiss.read_index(str(path))
-        except RuntimeError as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise ImageIndexError(f"{path}: damaged ({error}); delete it, it will be built again.") from error
 
     def __call__(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from torch import nn
 from ..data.captioned import CaptionedImage, EvalDataError
 from ..data.pixels import load_image
 from ..data.readers import read_csv, read_shards
-from ..distributed import Peers
+from ..distributed import Peers, failing_together
 from ..evaluation.eval_set import EvalSet
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..evaluation.options import EvalOptions
@@ -33,22 +33,51 @@ EVALUATE_VARIABLE = "MSA_OPENCLIP_EVALUATE"
 _log = logging.getLogger(__name__)
 
 
+def prepare(args: Any, *, is_msa: bool) -> None:
+    """Read the validation data before training begins: what is wrong with it is said now, not after an epoch.
+
+    Raises:
+        EvalDataError: the data cannot be read, or none of its images.
+        ValueError: EVALUATE_VARIABLE is unknown.
+    """
+    if _is_wanted(is_msa=is_msa) and args.val_frequency and not (args.horovod and args.rank != 0):
+        _data(args)
+
+
+def metrics_or_none(model: nn.Module, data: dict[str, Any], args: Any, tokenizer: Any = None) -> dict[str, float]:
+    """`retrieval_metrics`, or none of them and a line in the log: in training the checkpoint comes after validation."""
+    try:
+        return retrieval_metrics(model, args, tokenizer)
+    except Exception:
+        if "train" not in data:
+            raise
+        _log.exception("No retrieval metrics of this epoch; training goes on.")
+        return {}
+
+
 def retrieval_metrics(model: nn.Module, args: Any, tokenizer: Any = None) -> dict[str, float]:
     """Metrics of `args.val_data` by key; all of them on every rank."""
     inner = _unwrap(model)
     inner.eval()
     transform = image_transform_v2(PreprocessCfg(**inner.visual.preprocess_cfg), is_train=False)
-    peers = Peers(args.rank, args.world_size) if args.distributed and not args.horovod else Peers()
-    keys = (args.val_data, _is_csv(args), args.csv_img_key, args.csv_caption_key, args.csv_separator)
     found = evaluate(
         Scorer(inner, args.precision),
-        _validation_set(*keys, peers),
+        _data(args),
         transform,
         tokenizer or get_tokenizer(args.model),
         EvalOptions(batch_size=args.batch_size, workers=args.workers),
-        peers,
+        _peers(args),
     )
     return record(found)
+
+
+def _peers(args: Any) -> Peers:
+    return Peers(args.rank, args.world_size) if args.distributed and not args.horovod else Peers()
+
+
+def _data(args: Any) -> EvalSet:
+    keys = (args.val_data, _is_csv(args), args.csv_img_key, args.csv_caption_key, args.csv_separator)
+    return _validation_set(*keys, _peers(args))
 
 
 def record(found: Evaluation) -> dict[str, float]:
@@ -65,15 +94,19 @@ def record(found: Evaluation) -> dict[str, float]:
 
 def is_asked_for(model: nn.Module, data: dict[str, Any], epoch: int, args: Any) -> bool:
     """Whether this epoch's validation reports retrieval metrics of the model; the same answer on every rank."""
-    wanted = os.environ.get(EVALUATE_VARIABLE, "msa")
-    if wanted not in ("msa", "all", "off"):
-        raise ValueError(f"{EVALUATE_VARIABLE}: {wanted!r} is unknown; choose msa, all or off.")
-    if wanted == "off" or (wanted == "msa" and not isinstance(_unwrap(model), MSACLIP)):
+    if not _is_wanted(is_msa=isinstance(_unwrap(model), MSACLIP)):
         return False
     # From here on as in open_clip's own evaluate; synthetic data and Horovod's other ranks have nothing to rank.
     due = args.val_frequency and (epoch % args.val_frequency == 0 or epoch == args.epochs)
     alone = args.horovod and args.rank != 0
     return bool("val" in data and due and args.dataset_type != "synthetic" and not alone)
+
+
+def _is_wanted(*, is_msa: bool) -> bool:
+    wanted = os.environ.get(EVALUATE_VARIABLE, "msa")
+    if wanted not in ("msa", "all", "off"):
+        raise ValueError(f"{EVALUATE_VARIABLE}: {wanted!r} is unknown; choose msa, all or off.")
+    return wanted == "all" or (wanted == "msa" and is_msa)
 
 
 def _unwrap(model: Any) -> Any:
@@ -92,7 +125,8 @@ def _validation_set(
     val_data: str, is_csv: bool, image_key: str, caption_key: str, separator: str, peers: Peers
 ) -> EvalSet:
     """Read once, used after every epoch."""
-    found = read_csv(val_data, image_key, caption_key, separator) if is_csv else read_shards(val_data)
+    with failing_together(peers):
+        found = read_csv(val_data, image_key, caption_key, separator) if is_csv else read_shards(val_data)
     images = _readable(found, peers)
     if not images:
         raise EvalDataError(f"{val_data}: no image can be read; the log names them with their reasons.")

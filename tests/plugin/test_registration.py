@@ -129,6 +129,8 @@ def test_importing_open_clip_imports_no_part_of_the_model(run_python: Run) -> No
     assert ours == {
         "msa_openclip",
         "msa_openclip.autoload",
+        "msa_openclip.data",
+        "msa_openclip.data.small_files",
         "msa_openclip.plugin",
         "msa_openclip.plugin.transforms",
         *plugin,

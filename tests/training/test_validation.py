@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ from helpers.retrieval_data import Oracle, Tokenizer, randomise, write_captioned
 
 from msa_openclip.data.captioned import EvalDataError
 from msa_openclip.data.readers import read_shards
-from msa_openclip.distributed import Peers
+from msa_openclip.distributed import PeerError, Peers, failing_together
 from msa_openclip.evaluation.eval_set import EvalSet
 from msa_openclip.evaluation.evaluate import evaluate
 from msa_openclip.evaluation.scorer import Scorer
@@ -259,3 +261,70 @@ def test_bad_setting_and_bad_shards_are_named(
     monkeypatch.setenv("MSA_OPENCLIP_EVALUATE", "all")
     with pytest.raises(EvalDataError, match=r"nothing\.tar: FileNotFoundError. Check the name"):
         open_clip_train.train.evaluate(model, data, 1, arguments("nothing.tar", tmp_path), tokenizer=Tokenizer())
+
+
+@pytest.mark.parametrize("trouble", ["shard", "json", "scores"])
+def test_validation_costs_no_checkpoint(
+    trouble: str,
+    shards: dict[str, str],
+    tiny_configs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """While training what fails is logged and open_clip goes on to its checkpoint; without training it is raised."""
+    model = open_clip.create_model("MSA-tiny-ViT")
+    pattern = str(tmp_path / "val.tar")
+    data = validation(shards["pair"])
+    with tarfile.open(pattern, "w") as tar:
+        for name, content in (("a.png", b"x"), ("a.txt", b"x"), ("a.json", b"[1]" if trouble == "json" else b"{}")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    if trouble == "scores":
+        pattern = shards["pair"]
+        torch.nn.init.constant_(model.visual.ln_post.weight, float("nan"))
+    args = arguments(pattern, tmp_path)
+    args.model = "MSA-tiny-ViT"
+    tokenizer = open_clip.get_tokenizer("MSA-tiny-ViT")
+    with pytest.raises(ValueError, match=r"sample a: a\.json: expected an object|no image can be read|not finite"):
+        open_clip_train.train.evaluate(model, data, 1, args, tokenizer=tokenizer)
+    data["train"] = data["val"]
+    monkeypatch.setattr(open_clip_train.train, "get_clip_metrics", lambda *_, **__: {})
+    open_clip_train.train.evaluate(model, data, 1, args, tokenizer=tokenizer)
+    assert "No retrieval metrics of this epoch; training goes on." in caplog.text
+
+
+def test_bad_validation_data_is_refused_before_training(shards: dict[str, str], tmp_path: Path) -> None:
+    pattern = tmp_path / "val.tar"
+    with tarfile.open(pattern, "w") as tar:
+        for name, content in (("a.png", b"x"), ("a.txt", b"x"), ("a.json", b"[1]")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    command = [sys.executable, "-m", "open_clip_train.main", "--model", "MSA-ViT-Ti", "--val-data", str(pattern)]
+    command += [*training(shards), "--batch-size", "4", "--workers", "0", "--device", "cpu", "--name", "run"]
+    command += ["--dataset-type", "webdataset", "--val-num-samples", "7", "--precision", "fp32"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 1
+    assert "sample a: a.json: expected an object, got list." in done.stderr
+    assert "Start epoch" not in done.stderr + done.stdout
+
+
+def failing_rank(rank: int, world_size: int, folder: str) -> None:
+    """One rank cannot go on; the other must not wait for it."""
+    file = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=file, rank=rank, world_size=world_size)
+    try:
+        with failing_together(Peers(rank, world_size)):
+            if rank == 1:
+                raise ValueError("no such image")
+    except (ValueError, PeerError) as error:
+        Path(folder, str(rank)).write_text(f"{type(error).__name__}: {error}")
+    dist.destroy_process_group()
+
+
+def test_ranks_fail_together(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(failing_rank, (2, str(tmp_path)), nprocs=2)
+    said = [(tmp_path / str(rank)).read_text() for rank in range(2)]
+    assert said == ["PeerError: rank 1: ValueError: no such image", "ValueError: no such image"]

@@ -1,0 +1,67 @@
+"""Compare every byte of an index with what was written; no model is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from .checksums import ChecksumError
+from .files import ImageIndexError, Segment, checked_files, damaged, read_lines, read_manifest
+
+
+@dataclass
+class Verified:
+    """What `verify_index` found."""
+
+    segments: int = 0
+    images: int = 0
+    rejected: int = 0
+    """Images that could not be read when the index was built."""
+    problems: list[str] = field(default_factory=list)
+    """A line each, with file and remedy."""
+
+
+def verify_index(folder: str) -> Verified:
+    """Read all of an index: its manifest, and every file of every segment.
+
+    Args:
+        folder: of the index; one that does not exist or has no manifest is a problem, too.
+    """
+    root, found = Path(folder), Verified()
+    try:
+        segments = read_manifest(root).segments
+    except ImageIndexError as error:
+        found.problems.append(str(error))
+        return found
+    for segment in segments:
+        found.segments += 1
+        found.images += segment.images
+        try:
+            found.rejected += _verify_segment(root, segment)
+        except ImageIndexError as error:
+            found.problems.append(str(error))
+    return found
+
+
+def _verify_segment(root: Path, segment: Segment) -> int:
+    """How many images were left out of a segment.
+
+    Raises:
+        ImageIndexError: one of its files is not what was written, or holds what no build writes.
+    """
+    folder = root / segment.name
+    try:
+        files = checked_files(root, segment)
+        for checked in files.values():
+            checked.check_all()
+        for name in files.keys() & {"features.npy", "projected.npy"}:
+            vectors = np.load(folder / name, mmap_mode="r")
+            if len(vectors) != segment.images or not all(np.isfinite(row).all() for row in vectors):
+                raise ChecksumError(f"{name}: {vectors.shape} numbers, some of them not finite or too few")
+    except (OSError, ValueError, EOFError) as error:
+        raise error if isinstance(error, ImageIndexError) else damaged(folder, str(error)) from error
+    if sum(1 for _ in read_lines(root, segment, "records.jsonl")) != segment.images:
+        raise damaged(folder, f"records.jsonl: expected {segment.images} lines")
+    return sum(1 for _ in read_lines(root, segment, "rejected.jsonl"))
