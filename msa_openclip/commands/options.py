@@ -108,6 +108,17 @@ def device(text: str) -> str:
     return text
 
 
+def share(text: str) -> float:
+    """Type of arguments such as --max-nodata: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
 def class_pattern(text: str) -> re.Pattern[str]:
     """Type of --class-regex: a regular expression with a group."""
     try:

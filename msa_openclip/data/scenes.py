@@ -10,6 +10,7 @@ sample distance) and where it lies on Earth in WGS84 (`footprint`, `bbox`).
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from ..shards.records import ImageProblem, Location
 from ..shards.storage import store
 from .captioned import CaptionedImage, EvalDataError
 from .footprints import footprint
-from .streams import StreamError, retrying
+from .streams import StreamError, retrying, version_of
 
 SCENE_EXTENSIONS = (".tif", ".tiff")
 Window = tuple[int, int, int, int]
@@ -95,7 +96,7 @@ def read_scenes(
     for url in (scene for source in sources for scene in _expand(source)):
         try:
             tiles += _tiles(url, tiling, metadata or {}, skipped)
-        except ImageProblem as problem:
+        except (ImageProblem, StreamError) as problem:
             skipped.append(Skipped(url, str(problem)))
     if not tiles:
         why = f"first {skipped[0].file}: {skipped[0].reason}" if skipped else "no scene"
@@ -126,6 +127,7 @@ def _listing(folder: str) -> list[str]:
 
 
 def _tiles(url: str, tiling: Tiling, metadata: dict[str, Any], skipped: list[Skipped]) -> Iterator[CaptionedImage]:
+    version = hashlib.sha256(version_of(url).encode()).hexdigest()  # scenes are too large to be read for a hash
     with geotiff.open_scene(url) as scene:
         windows = tiling.windows(scene.width, scene.height)
         nodata = _nodata_shares(scene, windows)
@@ -133,10 +135,10 @@ def _tiles(url: str, tiling: Tiling, metadata: dict[str, Any], skipped: list[Ski
             if share > tiling.max_nodata or share == 1:
                 skipped.append(Skipped(f"{url} {window}", f"{share:.0%} of its pixels have no data"))
                 continue
-            yield _tile(url, scene, window, metadata)
+            yield _tile(url, version, scene, window, metadata)
 
 
-def _tile(url: str, scene: Any, window: Window, metadata: dict[str, Any]) -> CaptionedImage:
+def _tile(url: str, version: str, scene: Any, window: Window, metadata: dict[str, Any]) -> CaptionedImage:
     geo = geotiff.geo_fields(scene, window)
     place = footprint(geo["crs"], geo["bounds"]) if "crs" in geo else {}
     date = _date(scene)
@@ -144,7 +146,7 @@ def _tile(url: str, scene: Any, window: Window, metadata: dict[str, Any]) -> Cap
     known = {**metadata, "geo": geo | place, **({"meta": meta} if meta else {})}
     whole = window[2:] == (scene.width, scene.height)
     name = url if whole else f"{url}#{window[0]},{window[1]},{window[2]},{window[3]}"
-    return CaptionedImage(name, Location(url, window=window), (), metadata=known)
+    return CaptionedImage(name, Location(url, window=window), (), metadata=known, content=version)
 
 
 def _date(scene: Any) -> str | None:

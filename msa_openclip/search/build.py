@@ -147,7 +147,7 @@ def _spot(place: Mapping[str, Any]) -> tuple[Any, ...]:
     """Where an image lies, however its file is called from the current folder."""
     url = place["url"]
     path = os.path.abspath(store.local_path(url)) if store.is_local(url) else url
-    return (path, *(place.get(name) for name in ("offset", "row", "column")))
+    return (path, *(place.get(name) for name in ("offset", "row", "column")), *(place.get("window") or ()))
 
 
 def _segment_name(manifest: Manifest, images: Sequence[CaptionedImage]) -> str:
