@@ -7,9 +7,10 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 INSTALL_REQUIRES = [
-    # create_model, create_loss and forward_intermediates are hooked as 3.3 has them; 4.x replaces create_loss.
-    "open_clip_torch>=3.3.0,<4",
-    # 2.5 is the first torch that loads the `torch.backends` entry point by which the plugin activates itself.
+    # What the plugin extends is there from 3.3 on, and in 4.x (plugin/host_3.py, plugin/host_4.py).
+    "open_clip_torch>=3.3.0,<5",
+    # 2.5 is the first torch that loads the `torch.backends` entry point by which the plugin activates itself;
+    # open_clip 4.x asks for 2.6 itself.
     "torch>=2.5",
     # feature_info and forward_intermediates with NLC output of every backbone used here.
     "timm>=1.0.17",

@@ -19,6 +19,7 @@ WATCHED = (
     "open_clip.push_to_hf_hub",
     "open_clip.transform",
     "open_clip_train.data",
+    "open_clip_train.legacy_train",
     "open_clip_train.params",
     "open_clip_train.train",
 )

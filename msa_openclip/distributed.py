@@ -14,6 +14,13 @@ class Peers(NamedTuple):
     world_size: int = 1
 
 
+def unwrapped(model: Any) -> Any:
+    """The model inside DistributedDataParallel and torch.compile."""
+    while inner := getattr(model, "module", None) or getattr(model, "_orig_mod", None):
+        model = inner
+    return model
+
+
 class PeerError(RuntimeError):
     """Another rank could not do its share; the message says which one, and why."""
 

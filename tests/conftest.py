@@ -29,6 +29,7 @@ import msa_openclip  # noqa: F401  # active also where torch's entry points are 
 THIRD_PARTY_WARNINGS = (
     "ignore:.*deprecated.*:DeprecationWarning:(?!msa_openclip)",
     "ignore::DeprecationWarning:importlib",  # SWIG types of sentencepiece
+    "ignore:Importing from timm.models.helpers is deprecated:FutureWarning",  # open_clip 4.2 does
     "ignore:unclosed file:ResourceWarning",  # open_clip_train and webdataset leave files to the garbage collector
 )
 

@@ -119,7 +119,7 @@ def _explain_scale(
 
 def _positions(msa: Any, pixels: Tensor) -> list[Tensor]:
     """(h, w) of each scale: how much of its pooled vector comes from each position."""
-    _, maps, _ = msa.image_scales.maps(msa.visual, pixels)
+    maps = msa.image_scales.maps(msa.visual, pixels).maps
     found = []
     for number, (scale, slot) in enumerate(zip(msa.image_scales.scales, msa.image_scales.slots, strict=True)):
         values = maps[slot][0].float()  # (L, C)

@@ -5,6 +5,7 @@ Shapes: I images, T texts, S scales, C_s channels of scale s, N text tokens, E e
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from ..pair_scores.formula import ImageSide, TextSide
 from .mscmat import IMAGE_SIDE_KEYS, MSCMAT, TEXT_SIDE_KEYS, fused_scores, match_scores
 from .towers import (
     GatedScales,
+    Images,
     ImageScales,
     TowerPlusScales,
     freeze_locked_norms,
@@ -57,9 +59,8 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         **clip_kwargs: Any,
     ) -> None:
         cfg = msa_cfg if isinstance(msa_cfg, MSACfg) else MSACfg.from_dict(msa_cfg)
-        super().__init__(embed_dim, vision_cfg, text_cfg, **clip_kwargs)
+        super().__init__(embed_dim, vision_cfg, _with_tokens(text_cfg), **clip_kwargs)
         self.msa_cfg = cfg
-        self.text.output_tokens = True
         self.image_scales = ImageScales(self.visual, cfg.image_scales)
         self.fusion = _build_fusion(cfg, self.image_scales.channels, embed_dim)
         self.mscmat: MSCMAT | None = None
@@ -71,20 +72,28 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         self._check_towers(embed_dim)
         self._freeze_unused()
 
-    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+    def encode_image(self, image: Images, normalize: bool = False) -> Tensor:
         """Images (I, 3, h, w) -> global features (I, E)."""
+        return self._encode_image(image, normalize)
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """Token ids (T, L) -> global features (T, E)."""
+        return self._encode_text(text, normalize)
+
+    # open_clip's own `forward` calls these (4.x) or the public ones (3.x), which a sharded model may not enter twice.
+
+    def _encode_image(self, image: Images, normalize: bool = False) -> Tensor:
         if self.fusion is None:
             feature: Tensor = self.visual(image)
         else:
             feature, _ = self._encode_scales(image)
         return F.normalize(feature, dim=-1) if normalize else feature
 
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """Token ids (T, L) -> global features (T, E)."""
+    def _encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         feature: Tensor = self.text(text)[0]
         return F.normalize(feature, dim=-1) if normalize else feature
 
-    def image_side(self, image: Tensor) -> tuple[Tensor, ImageSide]:
+    def image_side(self, image: Images) -> tuple[Tensor, ImageSide]:
         """Images (I, 3, h, w) -> normalised global features (I, E) and the image side of the pair stage."""
         feature, pooled = self._encode_scales(image)
         return F.normalize(feature, dim=-1), self.fold_image(pooled)
@@ -96,7 +105,7 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         feature = F.normalize(feature, dim=-1)
         return feature, mscmat.fold_text(tokens, mask, feature)
 
-    def pooled_scales(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def pooled_scales(self, image: Images) -> tuple[Tensor, list[Tensor]]:
         """Images (I, 3, h, w) -> normalised global features (I, E) and S pooled vectors z_s (I, C_s)."""
         feature, pooled = self._encode_scales(image)
         return F.normalize(feature, dim=-1), pooled
@@ -113,10 +122,10 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         """Cosines (I, T) and match scores (S, I, T) -> the fused scores (I, T) of `msa_cfg.ranking`."""
         return fused_scores(cosine, match, self.logit_scale.exp(), self.msa_cfg.ranking)
 
-    def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    def get_logits(self, image: Images, text: Tensor) -> tuple[Tensor, Tensor]:
         """Fused scores of images (I, 3, h, w) and token ids (T, L): (I, T) and its transpose."""
         if self.mscmat is None:
-            image_features, text_features = self.encode_image(image, True), self.encode_text(text, True)
+            image_features, text_features = self._encode_image(image, True), self._encode_text(text, True)
             match = None
         else:
             image_features, images = self.image_side(image)
@@ -125,7 +134,7 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         logits = self.rank_scores(image_features @ text_features.T, match)
         return logits, logits.T
 
-    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> Any:
+    def forward(self, image: Images | None = None, text: Tensor | None = None) -> Any:
         """In training with both inputs a flat dict of batch-first tensors; else what open_clip's own model returns.
 
         The dict holds `image_features` (B, E), `text_features` (B, E), `logit_scale`, and, as the configured losses
@@ -147,8 +156,15 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
             output.update(zip(IMAGE_SIDE_KEYS, self.mscmat.fold_image(pooled), strict=True))
             output.update(zip(TEXT_SIDE_KEYS, self.mscmat.fold_text(tokens, mask, text_feature), strict=True))
         if self.msa_cfg.loss.identical_captions:
-            output["text_ids"] = text
+            # Where batches differ in length, so does the padding behind one caption; other ranks' are compared with it.
+            ragged = getattr(self.text, "variable_text", False)
+            output["text_ids"] = text.masked_fill(~token_mask(text, pad_id(self.text)), -1) if ragged else text
         return output
+
+    def convert_with_linear(self) -> None:
+        """Bring what open_clip's conversion to low precision passes over to the precision of the layers around it."""
+        for head in self.mscmat.heads if self.mscmat is not None else ():
+            head.convert_with_linear()
 
     def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         """As open_clip's own; what no loss reaches stays frozen in the groups that it leaves unlocked.
@@ -169,6 +185,7 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
             RuntimeError: the checkpoint fits neither; the message names what is missing, as open_clip's would.
         """
         own = {key: value for key, value in self.state_dict().items() if key.startswith(MSA_PREFIXES)}
+        state_dict = _with_vectors_of_one(state_dict, own)
         warm_start = bool(own) and not any(key.startswith(MSA_PREFIXES) for key in state_dict)
         if warm_start:
             state_dict = {**own, **{key: value for key, value in state_dict.items() if key not in _ARCHIVE_KEYS}}
@@ -177,7 +194,7 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
             _log.info("Warm start: towers loaded from a plain CLIP checkpoint, the MSA head keeps its initial values.")
         return result
 
-    def _encode_scales(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _encode_scales(self, image: Images) -> tuple[Tensor, list[Tensor]]:
         """Global features before normalisation (I, E) and pooled vectors z_s."""
         feature, pooled = self.image_scales(self.visual, image)
         if self.fusion is not None:
@@ -239,3 +256,19 @@ def _build_fusion(cfg: MSACfg, channels: Sequence[int], embed_dim: int) -> nn.Mo
     if cfg.fusion == "scales":
         return GatedScales(channels, embed_dim)
     return None
+
+
+def _with_tokens(text_cfg: Any) -> Any:
+    """`text_cfg` of a tower that also returns the last hidden states of its tokens."""
+    if isinstance(text_cfg, Mapping):
+        return {**text_cfg, "output_tokens": True}
+    return dataclasses.replace(text_cfg, output_tokens=True)
+
+
+def _with_vectors_of_one(state_dict: Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[str, Any]:
+    """`state_dict` whose scalars are vectors of one where the model has such: open_clip 4 squeezes what it gathers
+    from sharded models."""
+    flat = {
+        key for key, value in own.items() if value.shape == (1,) and getattr(state_dict.get(key), "shape", None) == ()
+    }
+    return {key: value.reshape(1) if key in flat else value for key, value in state_dict.items()}

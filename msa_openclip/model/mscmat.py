@@ -50,6 +50,14 @@ class ScaleHead(nn.Module):
         # Its name keeps weight decay off it (open_clip's optimizer groups go by name).
         self.logit_scale = nn.Parameter(torch.tensor([-math.log(score.temperature)])) if score.temperature else None
 
+    def convert_with_linear(self) -> None:
+        """Convert the attention's in-projections to the precision of its out-projection.
+
+        For precision `bf16` open_clip converts a model's linear layers, and in 3.x, no longer in 4.x, these with them.
+        """
+        for parameter in (self.attention.in_proj_weight, self.attention.in_proj_bias):
+            parameter.data = parameter.data.to(self.attention.out_proj.weight.dtype)
+
     def fold_projected(self, projected: Tensor, norm: WideLayerNorm) -> ImageSide:
         """(I, D) projected vectors m -> q, u, g, r of this scale."""
         width, heads = self.attention.embed_dim, self.attention.num_heads

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ..config import ImageScale
+
+Images: TypeAlias = Tensor | Mapping[str, Any]
+"""Pixels (I, 3, h, w); or, for NaFlexVit, images of many sizes as open_clip's NaFlex batches have them: `patches`
+(I, L, P), `patch_coord` (I, L, 2) and `patch_valid` (I, L), False where an image has fewer patches than the largest."""
 
 
 class Stage(NamedTuple):
@@ -63,6 +67,8 @@ def _timm_stages(trunk: Any) -> dict[int, Stage]:
 
 def _has_class_token(visual: Any) -> bool:
     tower = getattr(visual, "trunk", visual)
+    if hasattr(tower, "embeds"):  # NaFlexVit
+        tower = tower.embeds
     return hasattr(tower, "class_embedding") or getattr(tower, "cls_token", None) is not None
 
 
@@ -82,10 +88,25 @@ class LearnedPool(nn.Module):
         self.query = nn.Linear(channels, 1, bias=False)
         nn.init.zeros_(self.query.weight)  # starts as the average
 
-    def forward(self, positions: Tensor) -> Tensor:
-        """(I, L, C) -> (I, C)."""
-        weight: Tensor = (self.query(positions) / math.sqrt(positions.shape[-1])).softmax(dim=1)
-        return (weight * positions).sum(dim=1)
+    def forward(self, positions: Tensor, valid: Tensor | None = None) -> Tensor:
+        """(I, L, C) and which of them are valid (I, L) -> (I, C)."""
+        logits: Tensor = self.query(positions) / math.sqrt(positions.shape[-1])
+        if valid is not None:
+            logits = logits.masked_fill(~valid[..., None], -torch.inf)
+        return (logits.softmax(dim=1) * positions).sum(dim=1)
+
+
+class Maps(NamedTuple):
+    """What an image tower says of images."""
+
+    feature: Tensor
+    """(I, E) its own global feature."""
+    maps: list[Tensor]
+    """(I, L, C) of each distinct stage."""
+    tokens: list[Tensor]
+    """(I, C) class tokens of each, where a scale uses them."""
+    valid: Tensor | None
+    """(I, L) which positions belong to the image; None: all."""
 
 
 class ImageScales(nn.Module):
@@ -118,14 +139,16 @@ class ImageScales(nn.Module):
             {str(i): LearnedPool(self.channels[i]) for i, scale in enumerate(scales) if scale.pool == "learned"}
         )
 
-    def forward(self, visual: nn.Module, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, visual: nn.Module, image: Images) -> tuple[Tensor, list[Tensor]]:
         """Images (I, 3, h, w) -> the tower's own feature (I, E) and the S pooled vectors z_s (I, C_s)."""
-        feature, maps, tokens = self.maps(visual, image)
-        return feature, [self._pool(position, maps, tokens) for position in range(len(self.scales))]
+        found = self.maps(visual, image)
+        return found.feature, [self._pool(position, found) for position in range(len(self.scales))]
 
-    def maps(self, visual: Any, image: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """The tower's own feature (I, E), its maps (I, L, C) by distinct stage, and their class tokens, if used."""
+    def maps(self, visual: Any, image: Images) -> Maps:
+        """The tower's own feature, its maps by distinct stage, and their class tokens, if used."""
         wants_token = any(scale.pool == "token" for scale in self.scales)
+        if isinstance(image, Mapping):
+            return self._naflex_maps(visual, image, wants_token)
         # ModifiedResNet of open_clip 3.3 stops before its head unless the last stage is among the indices, hence all.
         indices = None if hasattr(visual, "layer4") else self.indices
         output = visual.forward_intermediates(
@@ -141,18 +164,41 @@ class ImageScales(nn.Module):
         if not self.is_plain:
             maps = [x.flatten(2).transpose(1, 2) for x in maps]
         tokens = [x[:, 0] for x in output["image_intermediates_prefix"]] if wants_token else []
-        return output["image_features"], maps, tokens
+        return Maps(output["image_features"], maps, tokens, None)
 
-    def _pool(self, position: int, maps: list[Tensor], tokens: list[Tensor]) -> Tensor:
+    def _naflex_maps(self, visual: Any, patches: Mapping[str, Any], wants_token: bool) -> Maps:
+        """Of images of many sizes: open_clip's own wrapper would pool the padding behind small ones too."""
+        if type(getattr(visual, "trunk", None)).__name__ != "NaFlexVit":
+            raise ValueError(
+                f"{backbone_name(visual)} takes images of one size; NaFlex batches need a NaFlexVit tower."
+            )
+        trunk = visual.trunk
+        output = trunk.forward_intermediates(
+            patches,
+            indices=self.indices,
+            norm=True,
+            output_fmt="NLC",
+            return_prefix_tokens=wants_token,
+            output_dict=True,  # patch dropout takes patches away, and this says which are left
+        )
+        valid = output["patch_valid"]
+        feature = visual.head(trunk.forward_head(output["image_features"], patch_valid=valid))
+        tokens = [x[:, 0] for x in output["image_intermediates_prefix"]] if wants_token else []
+        return Maps(feature, output["image_intermediates"], tokens, valid)
+
+    def _pool(self, position: int, found: Maps) -> Tensor:
         pool, slot = self.scales[position].pool, self.slots[position]
         if pool == "token":
-            return tokens[slot]
+            return found.tokens[slot]
+        x, valid = found.maps[slot], found.valid
+        if pool == "learned":
+            pooled: Tensor = self.pools[str(position)](x, valid)
+            return pooled
+        if valid is None:
+            return x.max(dim=1).values if pool == "max" else x.mean(dim=1)
         if pool == "max":
-            return maps[slot].max(dim=1).values
-        if pool == "avg":
-            return maps[slot].mean(dim=1)
-        pooled: Tensor = self.pools[str(position)](maps[slot])
-        return pooled
+            return x.masked_fill(~valid[..., None], -torch.inf).max(dim=1).values
+        return (x * valid[..., None]).sum(dim=1) / valid.sum(dim=1, keepdim=True)
 
 
 def unused_parameters(scales: ImageScales, visual: nn.Module) -> list[nn.Parameter]:

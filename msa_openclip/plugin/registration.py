@@ -11,7 +11,7 @@ from types import ModuleType
 
 from .factory import extend_factory
 from .hub import extend_push_to_hf_hub
-from .trainer import extend_params, extend_train, extend_train_data
+from .trainer import extend_legacy_train, extend_params, extend_train, extend_train_data
 from .transforms import extend_transform
 
 _EXTENDED = "_msa_openclip_extended"
@@ -20,6 +20,7 @@ _EXTENSIONS: dict[str, Callable[[ModuleType], None]] = {
     "open_clip.push_to_hf_hub": extend_push_to_hf_hub,
     "open_clip.transform": extend_transform,
     "open_clip_train.data": extend_train_data,
+    "open_clip_train.legacy_train": extend_legacy_train,
     "open_clip_train.params": extend_params,
     "open_clip_train.train": extend_train,
 }

@@ -10,7 +10,10 @@ from collections.abc import Callable
 from types import FunctionType, ModuleType
 from typing import Any
 
+from ..distributed import unwrapped
 from .configs import msa_settings
+from .host import Host
+from .installed import installed, lacks
 from .patching import replace, with_global
 
 _log = logging.getLogger(__name__)
@@ -20,56 +23,44 @@ LOADER_VARIABLE = "MSA_OPENCLIP_LOADER"
 
 
 def extend_train(train: ModuleType) -> None:
-    """Let open_clip's `evaluate` report retrieval metrics for MSA models; open_clip_train.main imports it from here."""
+    """Let open_clip's `evaluate` report retrieval metrics for MSA models; open_clip_train.main imports it from here.
+
+    Its first argument, a model or what holds one, goes through the adapter; every rank has to call it, as open_clip
+    does.  While training nothing is raised: open_clip writes the epoch's checkpoint after it has validated.
+    """
+    if lacks(train):
+        return  # whoever wants to train one of our models is told
     original: FunctionType = train.evaluate
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def evaluate(*args: Any, **kwargs: Any) -> Any:
-        return _evaluate_with_retrieval(original, *args, **kwargs)
+    def evaluate(trained: Any, *args: Any, **kwargs: Any) -> Any:
+        from ..training.validation import is_asked_for, metrics_or_none
+
+        given = signature.bind(trained, *args, **kwargs).arguments
+        settings, data, host = given["args"], given["data"], installed()
+        if not is_asked_for(host.model_of(trained), data, given["epoch"], settings):
+            return original(trained, *args, **kwargs)
+        metrics = metrics_or_none(host.whole_model(trained, settings), data, settings, given.get("tokenizer"))
+        try:
+            return _reporting(original, host, metrics)(trained, *args, **kwargs)
+        except Exception:
+            if "train" not in data:
+                raise
+            _log.exception("Validation failed after epoch %s; training goes on.", given["epoch"])
+            return {}
 
     replace(train, "evaluate", evaluate)
 
 
-def _evaluate_with_retrieval(
-    original: FunctionType,
-    model: Any,
-    data: dict[str, Any],
-    epoch: int,
-    args: Any,
-    tb_writer: Any = None,
-    tokenizer: Any = None,
-) -> Any:
-    """open_clip's `evaluate` with our metrics in the same record; every rank has to call it, as open_clip does.
-
-    While training nothing is raised: open_clip writes the epoch's checkpoint after it has validated.
-
-    Args:
-        original: open_clip_train.train.evaluate; its other arguments follow as they are.
-    Raises:
-        EvalDataError: the validation data cannot be read, and nothing is trained.
-    """
-    from ..training.validation import is_asked_for, metrics_or_none
-
-    if not is_asked_for(model, data, epoch, args):
-        return original(model, data, epoch, args, tb_writer=tb_writer, tokenizer=tokenizer)
-    evaluate_and_report = _reporting(original, metrics_or_none(model, data, args, tokenizer))
-    try:
-        return evaluate_and_report(model, data, epoch, args, tb_writer=tb_writer, tokenizer=tokenizer)
-    except Exception:
-        if "train" not in data:
-            raise
-        _log.exception("Validation failed after epoch %s; training goes on.", epoch)
-        return {}
-
-
-def _reporting(original: FunctionType, metrics: dict[str, float]) -> Callable[..., Any]:
+def _reporting(original: FunctionType, host: Host, metrics: dict[str, float]) -> Callable[..., Any]:
     """`original` whose zero-shot metrics, the first it puts into its record, are followed by ours."""
-    zero_shot_eval = original.__globals__["zero_shot_eval"]
+    zero_shot_eval = original.__globals__[host.zero_shot_eval]
 
     def with_retrieval(*args: Any, **kwargs: Any) -> dict[str, float]:
         return {**zero_shot_eval(*args, **kwargs), **metrics}
 
-    return with_global(original, "zero_shot_eval", with_retrieval)
+    return with_global(original, host.zero_shot_eval, with_retrieval)
 
 
 def extend_params(params: ModuleType) -> None:
@@ -97,6 +88,8 @@ def extend_train_data(data: ModuleType) -> None:
 
     With LOADER_VARIABLE=all other models read by it too, so that two models can be compared on the same batches.
     """
+    if lacks(data):
+        return
     original = data.get_wds_dataset
     signature = inspect.signature(original)
 
@@ -108,13 +101,36 @@ def extend_train_data(data: ModuleType) -> None:
         is_msa = msa_settings(getattr(args, "model", ""), getattr(args, "cache_dir", None)) is not None
         if wanted == "msa" and not is_msa:
             return original(args, *positional, **named)
-        from ..training import loader as shard_data
+        from ..training import loader
 
-        found = shard_data.get_wds_dataset(args, *positional, **named)
-        if args.train_data and not signature.bind(args, *positional, **named).arguments["is_train"]:
+        given, host = signature.bind(args, *positional, **named).arguments, installed()
+        if args.train_data and not given["is_train"]:
             from ..training.validation import prepare
 
             prepare(args, is_msa=is_msa)
-        return found
+        option = host.reads_itself(args, given.get("naflex_data_config"))
+        if option is not None:
+            loader.require_one_caption_a_sample(args, given["is_train"], option)
+            return original(args, *positional, **named)
+        ours = inspect.signature(loader.get_wds_dataset).parameters
+        tokenizer = given.get("tokenizer")
+        return loader.get_wds_dataset(
+            **{name: value for name, value in given.items() if name in ours},
+            batches=host.batches(args, tokenizer),
+            reorder=functools.partial(host.reorder, args, tokenizer),
+        )
 
     replace(data, "get_wds_dataset", get_wds_dataset)
+
+
+def extend_legacy_train(legacy_train: ModuleType) -> None:
+    """Refuse MSA models in the second trainer that open_clip 4.x keeps, which knows no loss but its own."""
+    original = legacy_train.train_one_epoch
+
+    @functools.wraps(original)
+    def train_one_epoch(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(unwrapped(model), "msa_cfg"):
+            raise RuntimeError("open_clip_train.legacy_main does not train MSA models; use open_clip_train.main.")
+        return original(model, *args, **kwargs)
+
+    replace(legacy_train, "train_one_epoch", train_one_epoch)

@@ -30,6 +30,10 @@ def extend_transform(transform: ModuleType) -> None:
 
         wanted, call.arguments["aug_cfg"] = split_aug_cfg(aug_cfg)
         made = original(*call.args, **call.kwargs)
+        if wanted and getattr(made, "is_naflex_transform_factory", False):
+            raise ValueError(
+                "aug_cfg.dihedral: NaFlex transforms (naflex=True) take no step before theirs; leave it out."
+            )
         return Compose([RandomDihedral(), made]) if wanted and call.arguments["is_train"] else made
 
     replace(transform, "image_transform", image_transform)

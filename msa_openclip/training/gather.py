@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -48,6 +49,14 @@ class Gather:
             return x
         gathered: Tensor = _Concatenate.apply(x, self.world_size)
         return gathered
+
+    def to_one_length(self, ids: Tensor) -> Tensor:
+        """Token ids (B, L) of this rank -> (B, L of the rank whose are longest), with -1 behind them."""
+        if self.world_size == 1:
+            return ids
+        length = torch.tensor(ids.shape[1], device=ids.device)
+        dist.all_reduce(length, op=dist.ReduceOp.MAX)
+        return F.pad(ids, (0, int(length) - ids.shape[1]), value=-1)
 
     def own_rows(self, columns: Tensor) -> Tensor:
         """Scores (S, I, T) of all images with this rank's texts -> (S, I / world_size, world_size T), of its images

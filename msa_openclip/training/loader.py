@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
@@ -48,6 +48,10 @@ class ShardBatches(IterableDataset[Any]):
     ranks: int
     preprocess: Callable[[Any], Tensor]
     tokenizer: Callable[[list[str]], Tensor]
+    max_pixels: int | None = None
+    """Larger images are left out."""
+    reorder: Callable[[Iterable[Sample]], Iterable[Sample]] | None = None
+    """In training: of samples with token ids under `text`, still encoded."""
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
@@ -84,12 +88,12 @@ class ShardBatches(IterableDataset[Any]):
         first: list[Sample] = []  # kept, since less than a batch is missing as a rule: no shard is read twice for it
         while missing:
             enough = missing <= len(first)
-            for sample in tuple(first) if enough else shuffle.run(self._samples(next(passes), tally)):
+            samples = tuple(first) if enough else shuffle.run(self._samples(next(passes), tally))
+            for sample in self._with_text(samples, epoch):
                 image = self._image(sample, tally)
                 if image is None:
                     continue
-                caption = draw_caption(sample["captions"], sample["__key__"], self.seed, epoch)
-                yield image, self.tokenizer([caption])[0]
+                yield image, sample["text"]
                 missing -= 1
                 if not missing:
                     return
@@ -97,6 +101,16 @@ class ShardBatches(IterableDataset[Any]):
                     first.append(sample)
             if not tally.usable:
                 raise tally.nothing_usable(f"{self.urls[0]} and {len(self.urls) - 1} more shards")
+
+    def _with_text(self, samples: Iterable[Sample], epoch: int) -> Iterable[Sample]:
+        """Samples with the token ids of the caption that is theirs in this epoch, in the order of `reorder`."""
+
+        def worded(sample: Sample) -> Sample:
+            caption = draw_caption(sample["captions"], sample["__key__"], self.seed, epoch)
+            return {**sample, "text": self.tokenizer([caption])[0]}
+
+        with_text = map(worded, samples)
+        return with_text if self.reorder is None else self.reorder(with_text)
 
     def _passes(self, reader: LoaderWorker) -> Iterator[Iterator[Share]]:
         if self.resampled is not None:
@@ -116,7 +130,7 @@ class ShardBatches(IterableDataset[Any]):
 
     def _image(self, sample: Sample, tally: Tally) -> Tensor | None:
         try:
-            image = self.preprocess(decode(sample["image"]))
+            image = self.preprocess(decode(sample["image"], self.max_pixels))
         except Exception as error:  # Pillow raises nearly everything for one broken file or another
             detail = f"{type(error).__name__}: {error}"
             tally.reject(sample, "image cannot be decoded", detail, passed=tally.usable)
@@ -132,8 +146,13 @@ def get_wds_dataset(
     epoch: int = 0,
     floor: bool = False,
     tokenizer: Any = None,
+    batches: Callable[[Tensor, Tensor], Any] = lambda images, texts: (images, texts),
+    reorder: Callable[[SharedEpoch], Callable[[Iterable[Sample]], Iterable[Sample]] | None] = lambda epoch: None,
 ) -> DataInfo:
     """As open_clip_train.data's function of this name, for shards in the `image` and the `pair` layout.
+
+    On top of its arguments: `batches` makes what the trainer takes of images and token ids, `reorder`, given the
+    epoch, says how training orders samples that have been read and worded.
 
     Training promises, where every shard is named by a sizes.json beside it: in an epoch each sample once, and fewer
     than one global batch of them twice, for any number of shards, workers and ranks; an image that cannot be decoded is
@@ -154,18 +173,18 @@ def get_wds_dataset(
     shared_epoch = SharedEpoch(epoch=epoch)
     if is_train:
         samples = args.train_num_samples or _count(pattern, sizes)
-        batches = _training_batches(args, samples, None if resampled else sizes, floor)
+        count = _training_batches(args, samples, None if resampled else sizes, floor)
         if not resampled:
             _require_enough(args, urls, sizes)
-        samples = batches * args.batch_size * args.world_size
+        samples = count * args.batch_size * args.world_size
     else:
         samples = args.val_num_samples or 0
-        batches = math.ceil(samples / args.batch_size)
+        count = math.ceil(samples / args.batch_size)
     dataset = ShardBatches(
         urls=urls,
         sizes=sizes,
         resampled=_resampled(args, pattern, shared_epoch) if resampled else None,
-        batches=batches,
+        batches=count,
         batch_size=args.batch_size,
         is_train=is_train,
         seed=args.seed,
@@ -174,12 +193,14 @@ def get_wds_dataset(
         ranks=args.world_size,
         preprocess=preprocess_img,
         tokenizer=tokenizer,
+        max_pixels=getattr(args, "max_image_pixels", None) or None,
+        reorder=reorder(shared_epoch) if is_train else None,
     )
     loader = wds.WebLoader(
         dataset, batch_size=None, shuffle=False, num_workers=args.workers, persistent_workers=args.workers > 0
     )
-    loader.append(partial(_report, pattern=pattern))
-    loader.num_batches, loader.num_samples = batches, samples
+    loader.append(partial(_report, pattern=pattern, batches=batches))
+    loader.num_batches, loader.num_samples = count, samples
     return DataInfo(dataloader=loader, shared_epoch=shared_epoch)
 
 
@@ -232,18 +253,37 @@ def _resampled(args: Any, pattern: str, epoch: SharedEpoch) -> ResampledShards2:
     return ResampledShards2(pattern, weights=args.train_data_upsampling_factors, deterministic=True, epoch=epoch)
 
 
-def _report(batches: Iterator[Any], pattern: str) -> Iterator[Any]:
-    """Pass on batches; at the end of an epoch log what could not be used, by all workers of this rank.
+def require_one_caption_a_sample(args: Any, is_train: bool, option: str) -> None:
+    """Refuse shards whose captions open_clip's own pipeline would take for one, where `option` asks for that pipeline.
+
+    Raises:
+        ShardDataError: the first sample has several captions.
+    """
+    if getattr(args, "json_text_key", None) or getattr(args, "text_key", "txt") != "txt":
+        return  # the captions are elsewhere
+    pattern = args.train_data if is_train else args.val_data
+    urls, _ = expand_urls(pattern)
+    captions = look_at_first_sample(urls)["captions"]
+    if len(captions) > 1:
+        raise ShardDataError(
+            f"{pattern}: samples have several captions (the first has {len(captions)}), and with {option} open_clip "
+            "reads the shards itself, which takes all lines of KEY.txt for one caption. Build them with --layout pair."
+        )
+
+
+def _report(items: Iterator[Any], pattern: str, batches: Callable[[Tensor, Tensor], Any]) -> Iterator[Any]:
+    """Pass on what `batches` makes of images and token ids; at the end of an epoch log what could not be used, by all
+    workers of this rank.
 
     Raises:
         ShardDataError: nothing could be used.
     """
     tally = Tally()
-    for item in batches:
+    for item in items:
         if isinstance(item, Tally):
             tally.add(item)
         else:
-            yield item
+            yield batches(*item)
     if not tally.usable:
         raise tally.nothing_usable(pattern)
     if tally.examples:

@@ -94,6 +94,7 @@ class MSALoss(nn.Module):
         rank: of this process.
         world_size: number of ranks.
         accum_freq: micro-batches an optimizer step; each calls this loss once.
+        ragged_texts: token ids may be longer on one rank than on another.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class MSALoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         accum_freq: int = 1,
+        ragged_texts: bool = False,
     ) -> None:
         super().__init__()
         self.msa_cfg = msa_cfg
@@ -114,6 +116,7 @@ class MSALoss(nn.Module):
         self.world_size = world_size
         self.gather = Gather(rank=rank, world_size=world_size, local_loss=self.local_loss, with_grad=gather_with_grad)
         self.accum_freq = accum_freq
+        self.ragged_texts = ragged_texts
 
     def forward(
         self,
@@ -226,6 +229,8 @@ class MSALoss(nn.Module):
         """(R, C) right answers to the rows `own` among `count` pairs: the own one and, if that counts, its copies."""
         group = torch.arange(count, device=own.device)
         if text_ids is not None and self.msa_cfg.loss.identical_captions:
+            if self.ragged_texts:
+                text_ids = self.gather.to_one_length(text_ids)
             group = torch.unique(self.gather.features(text_ids), dim=0, return_inverse=True)[1]
         return group[own, None] == group[None, :]
 

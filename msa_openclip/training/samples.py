@@ -115,8 +115,8 @@ def read_share(share: Share, tally: Tally, *, fill_cache: bool = True) -> Iterat
         ) from error
 
 
-def look_at_first_sample(urls: Sequence[str]) -> None:
-    """Find one sample with image and captions: wrong data is refused within seconds, before anything else is built.
+def look_at_first_sample(urls: Sequence[str]) -> Sample:
+    """Find the first sample with image and captions: wrong data is refused within seconds, before all else is built.
 
     Raises:
         StreamError: a local shard does not exist.
@@ -127,8 +127,9 @@ def look_at_first_sample(urls: Sequence[str]) -> None:
             raise StreamError(f"{url}: no such file. Check the name and the braces.")
     tally = Tally()
     for url in urls[:LOOK_AT_SHARDS]:
-        if next(read_share(Share(url), tally, fill_cache=False), None) is not None:
-            return
+        sample = next(read_share(Share(url), tally, fill_cache=False), None)
+        if sample is not None:
+            return sample
     raise tally.nothing_usable(", ".join(urls[:LOOK_AT_SHARDS]))
 
 
@@ -180,13 +181,16 @@ def _usable(members: Sample, tally: Tally) -> Sample | None:
     return {"__key__": members["__key__"], "__url__": members["__url__"], "image": image, "captions": captions}
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, max_pixels: int | None = None) -> Image.Image:
     """RGB pixels of an image file, as webdataset's `pilrgb`.
 
     Raises:
-        Exception: whatever Pillow raises for a file that it cannot read, OSError and others.
+        Exception: whatever Pillow raises for a file that it cannot read, OSError and others; ValueError for an image
+            of more than `max_pixels`, before its pixels are decoded.
     """
     with open_image(data) as image:
+        if max_pixels is not None and image.width * image.height > max_pixels:
+            raise ValueError(f"{image.width} x {image.height} pixels, --max-image-pixels is {max_pixels}")
         return image.convert("RGB")
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from ..data.captioned import CaptionedImage, EvalDataError
 from ..data.pixels import load_image
 from ..data.readers import read_csv, read_shards
-from ..distributed import Peers, failing_together
+from ..distributed import Peers, failing_together, unwrapped
 from ..evaluation.eval_set import EvalSet
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..evaluation.options import EvalOptions
@@ -40,7 +40,7 @@ def prepare(args: Any, *, is_msa: bool) -> None:
         EvalDataError: the data cannot be read, or none of its images.
         ValueError: EVALUATE_VARIABLE is unknown.
     """
-    if _is_wanted(is_msa=is_msa) and args.val_frequency and not (args.horovod and args.rank != 0):
+    if _is_wanted(is_msa=is_msa) and args.val_frequency and not (_horovod(args) and args.rank != 0):
         _data(args)
 
 
@@ -57,7 +57,7 @@ def metrics_or_none(model: nn.Module, data: dict[str, Any], args: Any, tokenizer
 
 def retrieval_metrics(model: nn.Module, args: Any, tokenizer: Any = None) -> dict[str, float]:
     """Metrics of `args.val_data` by key; all of them on every rank."""
-    inner = _unwrap(model)
+    inner = unwrapped(model)
     inner.eval()
     transform = image_transform_v2(PreprocessCfg(**inner.visual.preprocess_cfg), is_train=False)
     found = evaluate(
@@ -72,7 +72,7 @@ def retrieval_metrics(model: nn.Module, args: Any, tokenizer: Any = None) -> dic
 
 
 def _peers(args: Any) -> Peers:
-    return Peers(args.rank, args.world_size) if args.distributed and not args.horovod else Peers()
+    return Peers(args.rank, args.world_size) if args.distributed and not _horovod(args) else Peers()
 
 
 def _data(args: Any) -> EvalSet:
@@ -94,11 +94,11 @@ def record(found: Evaluation) -> dict[str, float]:
 
 def is_asked_for(model: nn.Module, data: dict[str, Any], epoch: int, args: Any) -> bool:
     """Whether this epoch's validation reports retrieval metrics of the model; the same answer on every rank."""
-    if not _is_wanted(is_msa=isinstance(_unwrap(model), MSACLIP)):
+    if not _is_wanted(is_msa=isinstance(unwrapped(model), MSACLIP)):
         return False
     # From here on as in open_clip's own evaluate; synthetic data and Horovod's other ranks have nothing to rank.
     due = args.val_frequency and (epoch % args.val_frequency == 0 or epoch == args.epochs)
-    alone = args.horovod and args.rank != 0
+    alone = _horovod(args) and args.rank != 0
     return bool("val" in data and due and args.dataset_type != "synthetic" and not alone)
 
 
@@ -109,11 +109,8 @@ def _is_wanted(*, is_msa: bool) -> bool:
     return wanted == "all" or (wanted == "msa" and is_msa)
 
 
-def _unwrap(model: Any) -> Any:
-    """The model inside DistributedDataParallel and torch.compile."""
-    while inner := getattr(model, "module", None) or getattr(model, "_orig_mod", None):
-        model = inner
-    return model
+def _horovod(args: Any) -> bool:
+    return bool(getattr(args, "horovod", False))  # not every open_clip has the option
 
 
 def _is_csv(args: Any) -> bool:

@@ -95,7 +95,7 @@ def test_positions_are_those_that_won_the_max(tiny_configs: Path, tmp_path: Path
     picture = Image.new("RGB", (32, 32))
     found = explain(model, picture, TEXT)
     msa = model.scorer.model
-    _, maps, _ = msa.image_scales.maps(msa.visual, model.preprocess(picture)[None])
+    maps = msa.image_scales.maps(msa.visual, model.preprocess(picture)[None]).maps
     won = torch.zeros(maps[0].shape[1])
     for channel in range(maps[0].shape[2]):
         won[int(maps[0][0, :, channel].argmax())] += 1 / maps[0].shape[2]

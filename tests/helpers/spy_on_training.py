@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from host import images_and_texts
 from on_cpu_ranks import OnCPU
 
 
@@ -30,10 +31,11 @@ def main(folder: str, start_method: str, arguments: list[str]) -> Any:
 
         def listen(batches: Iterator[Any]) -> Iterator[Any]:
             captions = []
-            for images, texts in batches:
+            for batch in batches:
+                images, texts = images_and_texts(batch)
                 assert len(images) == len(texts)
                 captions += [tokenizer.decode(row[1 : int(row.argmax())].tolist()).strip() for row in texts]
-                yield images, texts
+                yield batch
             with (Path(folder) / f"rank{os.environ.get('RANK', '0')}.jsonl").open("a") as file:
                 file.write(json.dumps(captions) + "\n")
 

@@ -309,3 +309,58 @@ def test_an_exclamation_mark_is_no_padding() -> None:
     ids = tokenizer(["planes !(near) trees", "planes near trees"])
     assert ids[0, 2] == 0
     assert token_mask(ids, 0).sum(dim=1).tolist() == [8, 5]
+
+
+class NaFlexTower(nn.Module):
+    """A NaFlexVit as open_clip wraps it."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        naflexvit = pytest.importorskip("timm.models.naflexvit", reason="this timm has no NaFlexVit")
+        grid = {"patch_size": 4, "pos_embed_grid_size": (2, 3), "embed_dim": 22, "depth": 3, "num_heads": 2}
+        self.trunk = naflexvit.NaFlexVit(naflexvit.NaFlexVitCfg(**grid, **settings), num_classes=0)
+        self.head = nn.Identity()
+
+
+def patches_of(image: Tensor, padding: int) -> dict[str, Tensor]:
+    """An image (I, 3, 8, 12) as a NaFlex batch of 2 x 3 patches of 4 pixels, with `padding` that is not of it."""
+    cut = image.reshape(-1, 3, 2, 4, 3, 4).permute(0, 2, 4, 3, 5, 1).reshape(len(image), 6, -1)
+    coordinates = torch.cartesian_prod(torch.arange(2), torch.arange(3)).expand(len(image), -1, -1)
+    valid = torch.arange(6 + padding).expand(len(image), -1) < 6
+    return {
+        "patches": nn.functional.pad(cut, (0, 0, 0, padding), value=9.0),
+        "patch_coord": nn.functional.pad(coordinates, (0, 0, 0, padding)),
+        "patch_valid": valid,
+    }
+
+
+@pytest.mark.parametrize("token", [False, True], ids=["no token", "class token"])
+def test_naflex_batches_pool_valid_patches_only(token: bool) -> None:
+    """What lies behind an image's own patches changes nothing, and whole images give what their pixels give."""
+    torch.manual_seed(0)
+    tower = NaFlexTower(class_token=token, global_pool="avg", reg_tokens=0).eval()
+    pools = ["max", "avg", "learned", *(["token"] if token else [])]
+    scales = ImageScales(tower, [ImageScale(stage=min(n, 3), pool=pool) for n, pool in enumerate(pools, 1)])  # type: ignore[arg-type]
+    nn.init.normal_(scales.pools["2"].query.weight)
+    image = torch.randn(5, 3, 8, 12)
+    found = tower.trunk.forward_intermediates(
+        image, norm=True, output_fmt="NLC", output_dict=True, return_prefix_tokens=True
+    )
+    feature = tower.trunk.forward_head(found["image_features"])
+    maps = [found["image_intermediates"][index] for index in (0, 1, 2)]
+    with torch.no_grad():
+        for padding in (0, 2):
+            own, pooled = scales(tower, patches_of(image, padding))
+            torch.testing.assert_close(own, feature)
+            torch.testing.assert_close(pooled[0], maps[0].max(dim=1).values)
+            torch.testing.assert_close(pooled[1], maps[1].mean(dim=1))
+            torch.testing.assert_close(pooled[2], scales.pools["2"](maps[2]))
+            if token:
+                torch.testing.assert_close(pooled[3], found["image_intermediates_prefix"][2][:, 0])
+
+
+def test_towers_for_images_of_one_size_refuse_naflex_batches() -> None:
+    visual = tower("ViT")
+    scales = ImageScales(visual, [ImageScale(stage=1)])
+    with pytest.raises(ValueError, match="VisionTransformer takes images of one size; NaFlex batches need a NaFlexVit"):
+        scales(visual, {"patches": torch.zeros(1, 1, 48)})

@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from helpers import tiny
+from helpers.host import loss_of
 from PIL import Image
 from torch import Tensor, nn
 
@@ -117,6 +118,15 @@ def test_an_own_checkpoint_is_no_warm_start(tmp_path: Path, caplog: pytest.LogCa
         loaded = create("MSA-tiny-ViT", 2, pretrained=str(path))
     assert_same(outputs(loaded), outputs(model))
     assert not [record for record in caplog.records if "Warm start" in record.message]
+
+
+def test_vectors_of_one_may_have_been_squeezed(tmp_path: Path) -> None:
+    """open_clip 4.x does so to what it gathers from a sharded model."""
+    model = scrambled(create("MSA-tiny-ViT", 0), 1)
+    state = {key: value.squeeze() if value.shape == (1,) else value for key, value in model.state_dict().items()}
+    assert state["mscmat.scales.0.match.bias"].shape == ()
+    loaded = create("MSA-tiny-ViT", 2, pretrained=str(save_pt(state, tmp_path / "squeezed")))
+    assert_same(outputs(loaded), outputs(model))
 
 
 @pytest.mark.parametrize(
@@ -266,9 +276,7 @@ def test_a_folder_does_not_depend_on_the_defaults_of_the_version_that_reads_it(t
 def test_a_folder_trains_on_with_its_own_loss(tmp_path: Path) -> None:
     model = scrambled(create("MSA-tiny-BERT", 0), 1)
     folder = save(model, "MSA-tiny-BERT", tmp_path / "folder")
-    flags = {"distill": False, "siglip": False, "horovod": False, "local_loss": False, "gather_with_grad": False}
-    args = Namespace(model=f"local-dir:{folder}", rank=0, world_size=1, accum_freq=1, cache_dir=None, **flags)
-    assert open_clip.create_loss(args).msa_cfg == model.msa_cfg
+    assert loss_of(Namespace(model=f"local-dir:{folder}", cache_dir=None)).msa_cfg == model.msa_cfg
 
 
 def test_pretrained_pushes_name_their_own_configuration(pushed: Path, tmp_path: Path) -> None:

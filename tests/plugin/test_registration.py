@@ -14,6 +14,7 @@ from typing import Any
 import open_clip
 import pytest
 from helpers import tiny
+from helpers.host import HAS_TASKS, MAKES_LOSS, loss_of
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -97,11 +98,12 @@ def test_activating_again_changes_nothing(run_python: Run) -> None:
 import sys
 import open_clip, msa_openclip
 from msa_openclip import autoload
-before = (open_clip.create_model, open_clip.create_loss, list(sys.meta_path), open_clip.list_models())
+loss = "create_task" if hasattr(open_clip, "create_task") else "create_loss"
+before = (open_clip.create_model, getattr(open_clip, loss), list(sys.meta_path), open_clip.list_models())
 for _ in range(3):
     autoload.activate()
     autoload.extend(open_clip.factory)
-assert before == (open_clip.create_model, open_clip.create_loss, list(sys.meta_path), open_clip.list_models())
+assert before == (open_clip.create_model, getattr(open_clip, loss), list(sys.meta_path), open_clip.list_models())
 assert not hasattr(open_clip.create_model.__wrapped__, "__wrapped__")
 assert sum(type(finder).__module__ == "msa_openclip.autoload" for finder in sys.meta_path) == 1
 paths = [str(path) for path in open_clip.factory._MODEL_CONFIG_PATHS]
@@ -124,15 +126,28 @@ def test_importing_open_clip_imports_no_part_of_the_model(run_python: Run) -> No
     names = run_python(code).stdout.split()
     ours = {name for name in names if name.startswith("msa_openclip")}
     plugin = {
-        f"msa_openclip.plugin.{name}" for name in ("configs", "factory", "hub", "patching", "registration", "trainer")
+        f"msa_openclip.plugin.{name}"
+        for name in (
+            "configs",
+            "factory",
+            "host",
+            "hub",
+            "installed",
+            "patching",
+            "registration",
+            "trainer",
+            "transforms",
+        )
     }
+    adapter = "msa_openclip.plugin.host_4" if HAS_TASKS else "msa_openclip.plugin.host_3"  # and not the other
     assert ours == {
         "msa_openclip",
         "msa_openclip.autoload",
         "msa_openclip.data",
         "msa_openclip.data.small_files",
+        "msa_openclip.distributed",
         "msa_openclip.plugin",
-        "msa_openclip.plugin.transforms",
+        adapter,
         *plugin,
     }
 
@@ -296,9 +311,16 @@ def test_other_models_are_byte_for_byte_as_without_us(stock_configs: Path, run_p
     assert "RuntimeError" in with_us
 
 
-@pytest.mark.parametrize("lacking", ["create_loss", "CustomTextCLIP", "parse_model_name"])
+@pytest.mark.parametrize(
+    ("lacking", "named"),
+    [
+        (MAKES_LOSS, "create_task(args, model)" if HAS_TASKS else "create_loss(args)"),
+        ("CustomTextCLIP", "CustomTextCLIP"),
+        ("parse_model_name", "parse_model_name"),
+    ],
+)
 def test_what_open_clip_lacks_is_named_when_one_of_our_models_is_asked_for(
-    lacking: str, stock_configs: Path, run_python: Run
+    lacking: str, named: str, stock_configs: Path, run_python: Run
 ) -> None:
     """And the other models go on working."""
     code = f"""
@@ -316,8 +338,8 @@ open_clip.add_model_config(sys.argv[1])
 print(type(open_clip.create_model("stock-clip")).__name__, "MSA-ViT-B" in open_clip.list_models())
 """
     done = run_python(code, str(stock_configs), **OFF)
-    needed = "which msa_openclip extends; MSA models need open_clip_torch>=3.3.0,<4."
-    assert [line.split(" ", 2)[2] for line in done.stdout.splitlines()[:2]] == [f"lacks {lacking}, {needed}"] * 2
+    needed = "which msa_openclip extends; MSA models need open_clip_torch>=3.3,<5."
+    assert [line.split(" ", 2)[2] for line in done.stdout.splitlines()[:2]] == [f"lacks {named}, {needed}"] * 2
     assert done.stdout.splitlines()[2] == "CLIP False"
 
 
@@ -331,7 +353,7 @@ print(len(open_clip.list_models()) > 100)
     done = run_python(code, **OFF)
     assert done.stdout == "True\n"
     assert "msa_openclip could not extend open_clip.factory; MSA models are off." in done.stderr
-    assert "lacks create_model, which msa_openclip extends" in done.stderr
+    assert "lacks create_model that uses CustomTextCLIP, which msa_openclip extends" in done.stderr
 
 
 # ---- our loss
@@ -343,12 +365,12 @@ def test_flags_that_would_replace_our_loss_are_refused(flag: str) -> None:
     with pytest.raises(
         ValueError, match=rf"^MSA-tiny-ViT brings its own loss, which --{flag} would replace; leave out"
     ):
-        open_clip.create_loss(Namespace(model="MSA-tiny-ViT", **{flag: True}))
+        loss_of(Namespace(model="MSA-tiny-ViT", **{flag: True}))
 
 
 @pytest.mark.usefixtures("tiny_configs")
 def test_the_loss_is_that_of_the_model_with_the_trainers_flags() -> None:
     flags = {"local_loss": True, "gather_with_grad": True, "rank": 1, "world_size": 2, "accum_freq": 3}
-    loss = open_clip.create_loss(Namespace(model="MSA-tiny-RN", **flags))
+    loss = loss_of(Namespace(model="MSA-tiny-RN", **flags))
     assert loss.msa_cfg == open_clip.create_model("MSA-tiny-RN").msa_cfg
     assert {name: getattr(loss, name) for name in flags} == flags

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from msa_openclip import MSACLIP, MSALoss
+from msa_openclip.config import MSACfg
 from msa_openclip.model.mscmat import IMAGE_SIDE_KEYS, TEXT_SIDE_KEYS
 
 VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16}
@@ -164,6 +165,26 @@ def test_texts_stay_on_their_rank(tmp_path: Path) -> None:
         assert forwards == {"all_gather": features + images + nbytes(output["text_ids"]), "all_to_all_single": scores}
         assert backwards == {"all_to_all_single": features + images + scores}
         assert sum(forwards.values()) < nbytes(*(output[key] for key in TEXT_SIDE_KEYS))
+
+
+def ragged_rank(rank: int, world_size: int, folder: str) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    try:
+        ids = torch.tensor([[[3, 4, 5], [6, 7, -1]], [[6, 7], [8, 9]]][rank])
+        own = MSALoss(MSACfg.from_dict(PRESETS["all terms"]), rank=rank, world_size=world_size, ragged_texts=True)
+        positive = own._positive(torch.arange(4), 4, ids)
+        torch.save((own.gather.to_one_length(ids), positive), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ranks_compare_captions_of_different_lengths(tmp_path: Path) -> None:
+    """Where each batch is as long as its longest text: what is behind a shorter one makes no caption another."""
+    torch.multiprocessing.spawn(ragged_rank, (2, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        ids, positive = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert ids.shape == (2, 3)
+        assert positive.tolist() == [[i == j or {i, j} == {1, 2} for j in range(4)] for i in range(4)]
 
 
 def accumulate(model: torch.nn.Module, loss_function: MSALoss, images: Tensor, texts: Tensor) -> list[float]:

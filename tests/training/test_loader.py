@@ -15,6 +15,7 @@ import open_clip_train.data
 import pytest
 import webdataset as wds
 from helpers import stream_data
+from helpers.host import images_and_texts
 from helpers.hostile_tars import HOSTILE
 from helpers.stream_data import arguments, caption, image_bytes, image_sample, tar_bytes, write_shards
 from hypothesis import given, settings
@@ -24,7 +25,7 @@ from open_clip_train.data import DataInfo, SharedEpoch
 from msa_openclip.data.streams import StreamError, open_shard
 from msa_openclip.training import samples as shard_samples
 from msa_openclip.training.loader import ShardBatches
-from msa_openclip.training.samples import PATIENCE, Tally, draw_caption, read_share
+from msa_openclip.training.samples import PATIENCE, Tally, decode, draw_caption, read_share
 from msa_openclip.training.shares import LoaderWorker, ShardDataError, Share, part_of, shard_sizes
 
 pytestmark = pytest.mark.timeout(180)
@@ -41,7 +42,7 @@ def batches(data: DataInfo, epoch: int = 0) -> list[list[tuple[int, int]]]:
     """(image, caption) of every row of an epoch; each row's image and caption belong together."""
     data.set_epoch(epoch)
     found = []
-    for images, texts in data.dataloader:
+    for images, texts in map(images_and_texts, data.dataloader):
         assert images[:, 0].equal(texts[:, 0])
         found.append([(image, index) for image, index in texts.tolist()])
     return found
@@ -373,6 +374,12 @@ def test_bad_samples_are_replaced_and_reported_with_their_keys(
         assert f"{pattern}: 2 problems" in report
         assert "s-000.tar: sample bad1: image cannot be decoded (" in report
         assert "s-000.tar: sample bad2: no captions among the members png" in report
+
+
+def test_images_of_too_many_pixels_are_not_decoded() -> None:
+    with pytest.raises(ValueError, match="2 x 3 pixels, --max-image-pixels is 5"):
+        decode(image_bytes(1), 5)
+    assert decode(image_bytes(1), 6).size == (2, 3)
 
 
 def test_a_clean_epoch_reports_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from helpers.host import HAS_TASKS, make_batch, trained
 from helpers.retrieval_data import Oracle, Tokenizer, randomise, write_captioned_scenes, write_shards
 
 from msa_openclip.data.captioned import EvalDataError
@@ -89,8 +90,15 @@ def test_training_reports_our_metrics_beside_open_clips(train: Train, shards: di
     assert 0 <= second["retrieval_fused_t2i_R@1"] <= 100
 
 
-def test_two_ranks_share_the_work_and_report_once(train: Train, shards: dict[str, str], tmp_path: Path) -> None:
-    lines = train("MSA-tiny-ViT", "image", *training(shards), ranks=2)
+@pytest.mark.parametrize(
+    "flags",
+    [(), pytest.param(("--fsdp",), marks=pytest.mark.skipif(not HAS_TASKS, reason="open_clip 4.x shards models"))],
+)
+def test_two_ranks_share_the_work_and_report_once(
+    flags: tuple[str, ...], train: Train, shards: dict[str, str], tmp_path: Path
+) -> None:
+    """Also where the ranks have parts of the model: what is evaluated, and saved, is the whole one."""
+    lines = train("MSA-tiny-ViT", "image", *training(shards), *flags, ranks=2)
     assert len(lines) == 2
     expected = checkpoint_record("MSA-tiny-ViT", tmp_path, shards["image"])
     assert {key: lines[1][key] for key in expected} == pytest.approx(expected, abs=1e-3)
@@ -156,7 +164,7 @@ class NamedOracle(Oracle):
 
 def validation(pattern: str) -> dict[str, Any]:
     """One batch, enough for open_clip's own part."""
-    batch = (torch.full((1, 3, 24, 24), 20 / 255), Tokenizer()(["harbor number 0"]))
+    batch = make_batch(torch.full((1, 3, 24, 24), 20 / 255), Tokenizer()(["harbor number 0"]))
     loader = type("Loader", (list,), {"num_samples": 1})([batch])
     return {"val": SimpleNamespace(dataloader=loader)}
 
@@ -168,7 +176,7 @@ def test_the_log_says_100_for_a_perfect_model_and_chance_for_a_constant_one(
     monkeypatch.setenv("MSA_OPENCLIP_EVALUATE", "all")
     board = Board()
     returned = open_clip_train.train.evaluate(
-        NamedOracle(constant=constant),
+        trained(NamedOracle(constant=constant)),
         validation(shards["pair"]),
         1,
         arguments(shards["pair"], tmp_path),
@@ -193,7 +201,7 @@ def test_not_when_open_clip_would_not_validate(
     monkeypatch.setenv("MSA_OPENCLIP_EVALUATE", "all")
     args = arguments(shards["pair"], tmp_path, **settings)
     loaders = validation(shards["pair"]) if data else {}
-    found = open_clip_train.train.evaluate(NamedOracle(constant=True), loaders, 1, args, tokenizer=Tokenizer())
+    found = open_clip_train.train.evaluate(trained(NamedOracle(constant=True)), loaders, 1, args, tokenizer=Tokenizer())
     assert not any(key.startswith("retrieval_") for key in found)
 
 
@@ -255,7 +263,7 @@ def test_bad_setting_and_bad_shards_are_named(
     shards: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MSA_OPENCLIP_EVALUATE", "yes")
-    model, data = NamedOracle(constant=True), validation(shards["pair"])
+    model, data = trained(NamedOracle(constant=True)), validation(shards["pair"])
     with pytest.raises(ValueError, match="MSA_OPENCLIP_EVALUATE: 'yes' is unknown; choose msa, all or off"):
         open_clip_train.train.evaluate(model, data, 1, arguments(shards["pair"], tmp_path), tokenizer=Tokenizer())
     monkeypatch.setenv("MSA_OPENCLIP_EVALUATE", "all")

@@ -1,0 +1,164 @@
+"""open_clip 4.x: the trainer moves a task about, which holds model and loss (`create_task`), and batches are dicts."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..distributed import unwrapped
+from .host import Batches, Need, Reorder, has, note_lacking, require_known_host, takes, uses
+from .patching import replace
+
+_OWN_KEYS = {"json_text_key": None, "text_key": "txt", "image_key": "jpg;png;jpeg;webp"}
+"""Options by which the host finds captions and images in shards of other layouts than ours, with their defaults."""
+
+
+class OpenClip4:
+    needs: Mapping[str, tuple[Need, ...]] = {
+        "open_clip.factory": (takes("create_task", "args", "model"),),
+        "open_clip_train.data": (takes("get_wds_dataset", "naflex_data_config"), has("get_text_pad_id")),
+        "open_clip_train.train": (uses("evaluate", "zero_shot_eval_all"),),
+        "open_clip.task": (
+            takes("CLIPTask", "model", "loss"),
+            uses("CLIPTask.training_forward", "trainable_module", "loss"),
+            uses("CLIPTask.state_dict", "trainable_module"),
+            uses("CLIPTask.get_trainable_module", "trainable_module_ema"),
+        ),
+    }
+    zero_shot_eval = "zero_shot_eval_all"
+
+    def __init__(self) -> None:
+        self._skeletons: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+        """Models without weights, by the task that will shard theirs over ranks."""
+
+    def extend_loss(self, factory: ModuleType) -> None:
+        """Give the host's own task for an MSA model, which `create_task` builds as for every CLIP model, MSALoss."""
+        original = factory.create_task
+
+        @functools.wraps(original)
+        def create_task(args: Any, model: nn.Module, *positional: Any, **named: Any) -> Any:
+            cfg = getattr(unwrapped(model), "msa_cfg", None)
+            if cfg is None:
+                return original(args, model, *positional, **named)
+            from .losses import msa_loss
+
+            note_lacking(importlib.import_module("open_clip.task"), self.needs["open_clip.task"])
+            require_known_host()
+            loss = msa_loss(cfg, args)
+            _refuse_ragged_accumulation(args)
+            task = original(args, model, *positional, **named)
+            task.loss = loss
+            if getattr(args, "fsdp", False):
+                self._skeletons[task] = _without_weights(unwrapped(model))
+            return task
+
+        replace(factory, "create_task", create_task)
+
+    def model_of(self, trained: Any) -> Any:
+        return unwrapped(getattr(unwrapped(trained), "trainable_module", trained))
+
+    def whole_model(self, trained: Any, args: Any) -> Any:
+        """The averaged weights where the task keeps them, as the host evaluates; else those in training."""
+        task = unwrapped(trained)
+        if not hasattr(task, "trainable_module"):
+            return task
+        if task not in self._skeletons or task.has_ema or not args.distributed:
+            return task.get_trainable_module(use_ema=True)
+        return _gathered(task, self._skeletons[task], args)
+
+    def batches(self, args: Any, tokenizer: Any) -> Batches:
+        """Dicts; texts are cut to the longest one of the batch where the text tower takes it so."""
+        if not getattr(args, "variable_text", False):
+            return lambda images, texts: {"image": images, "text": texts}
+        from open_clip_train.data import collate_variable_text_dicts, get_text_pad_id
+
+        pad = get_text_pad_id(tokenizer)
+        limits = {"text_pad_multiple": args.text_pad_multiple, "text_pad_cap": tokenizer.context_length}
+
+        def batch(images: Tensor, texts: Tensor) -> Any:
+            rows = [{"text": row[row != pad]} for row in texts]
+            return {"image": images, **collate_variable_text_dicts(rows, pad_id=pad, **limits)}
+
+        return batch
+
+    def reorder(self, args: Any, tokenizer: Any, epoch: Any) -> Reorder | None:
+        """Texts of like length together (--length-bucketing), by the host's own stage."""
+        if not (getattr(args, "variable_text", False) and getattr(args, "length_bucketing", False)):
+            return None
+        from open_clip_train.data import LengthBucketer, get_text_pad_id
+
+        bucketer: Reorder = LengthBucketer(
+            length_fns=[_TextLength(get_text_pad_id(tokenizer))],
+            pool=args.bucket_pool,
+            chunk=args.bucket_chunk,
+            seed=args.seed,
+            epoch=epoch,
+            prefetch_pools=getattr(args, "bucket_prefetch_pools", 0),
+        )
+        return bucketer
+
+    def reads_itself(self, args: Any, naflex_data_config: Any) -> str | None:
+        if naflex_data_config is not None:
+            return "--use-naflex"
+        for name, default in _OWN_KEYS.items():
+            if getattr(args, name, default) not in (default, None):
+                return f"--{name.replace('_', '-')}"
+        return None
+
+
+class _TextLength:
+    """Number of tokens of a sample that are no padding; a class, since samples are read in other processes."""
+
+    def __init__(self, pad: int) -> None:
+        self.pad = pad
+
+    def __call__(self, sample: Mapping[str, Any]) -> int:
+        return int((sample["text"] != self.pad).sum())
+
+
+def _refuse_ragged_accumulation(args: Any) -> None:
+    if getattr(args, "variable_text", False) and args.accum_freq > 1:
+        raise ValueError(
+            f"--accum-freq {args.accum_freq}: {args.model} reads texts as long as each batch has them "
+            "(text_cfg.variable_text), and open_clip joins the micro-batches' tensors, which must be of one length. "
+            "Leave out --accum-freq, or set variable_text to false."
+        )
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """A copy whose parameters take no memory."""
+    empty = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, empty)
+
+
+def _gathered(task: Any, skeleton: nn.Module, args: Any) -> nn.Module:
+    """A model with the weights that `task` keeps in shards (FSDP2), whole on every rank.
+
+    An evaluation shares its images among ranks unevenly, and a sharded model would have all ranks wait for each other
+    in every block.
+    """
+    state = task.state_dict()["state_dict"]  # whole on the first rank, which alone saves checkpoints; empty elsewhere
+    received = {}
+    for name, like in skeleton.state_dict().items():
+        sent = (
+            state[name].reshape(like.shape).to(like.dtype)
+            if args.rank == 0
+            else torch.empty(like.shape, dtype=like.dtype)
+        )
+        received[name] = sent.to(args.device)
+        dist.broadcast(received[name], src=0)
+    model = copy.deepcopy(skeleton)
+    model.load_state_dict(received, assign=True)
+    return model.to(args.device)
