@@ -1,7 +1,7 @@
 """Fuzz targets of the package's own readers: index files, model configurations, a run's results and parameters.
 
 Whatever the bytes are, a reader takes them or raises its own error, which names the file; an index answers with
-finite numbers.  `make fuzz-package` runs them for an hour with fresh seeds; here they run for seconds.  `corpus/index`
+finite numbers.  `make fuzz-package` runs them for an hour with fresh seeds; here they run for seconds.  `index_corpus`
 holds each case that was found.
 """
 
@@ -39,7 +39,7 @@ from msa_openclip.search.searcher import Searcher
 from msa_openclip.search.verify import verify_index
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
-CORPUS = Path(__file__).parent / "corpus" / "index"
+CORPUS = Path(__file__).parent / "index_corpus"
 fuzz = settings(
     max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True
 )
