@@ -105,9 +105,7 @@ def _add_tiling(command: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="leave out tiles with a larger share of pixels without data (default: %(default)s)",
     )
-    group.add_argument(
-        "--asset", metavar="KEY", help="asset of STAC items (default: a GeoTIFF, `visual` first)"
-    )
+    group.add_argument("--asset", metavar="KEY", help="asset of STAC items (default: a GeoTIFF, `visual` first)")
 
 
 def _images(parsed: argparse.Namespace) -> list[CaptionedImage]:
