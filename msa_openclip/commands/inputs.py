@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -60,8 +61,8 @@ def running(parsed: argparse.Namespace) -> EvalOptions:
     )
 
 
-def load_model(spec: str, parsed: argparse.Namespace) -> LoadedModel:
-    """The model on --device, in --precision where the subcommand has it.
+def load_model(spec: str, parsed: argparse.Namespace, **how: Any) -> LoadedModel:
+    """The model on --device, in --precision where the subcommand has it; `how` are further arguments of `load`.
 
     Raises:
         ModelError: this machine has no such device, or the model cannot be loaded.
@@ -70,7 +71,7 @@ def load_model(spec: str, parsed: argparse.Namespace) -> LoadedModel:
     name = parsed.device if ":" in parsed.device or parsed.device == "cpu" else f"{parsed.device}:0"
     if name not in devices:
         raise ModelError(f"--device {parsed.device}: this machine has {', '.join(devices)} only.")
-    return load(spec, parsed.device, getattr(parsed, "precision", "fp32"))
+    return load(spec, parsed.device, getattr(parsed, "precision", "fp32"), **how)
 
 
 def _devices() -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config import MSACfg
 from ..pair_scores.formula import ImageSide, TextSide
+from .cached import CachedImages, CachedTexts, Source, check_towers, learning_head
 from .mscmat import IMAGE_SIDE_KEYS, MSCMAT, TEXT_SIDE_KEYS, fused_scores, match_scores
 from .towers import (
     GatedScales,
@@ -70,6 +71,7 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
             self.mscmat = MSCMAT(channels, token_width, embed_dim, width, cfg.heads, cfg.score)
         self._check_towers(embed_dim)
         self._freeze_unused()
+        self._features_of: Source | None = None
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """Images (I, 3, h, w) -> global features (I, E)."""
@@ -96,7 +98,7 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         feature = F.normalize(feature, dim=-1)
         return feature, mscmat.fold_text(tokens, mask, feature)
 
-    def pooled_scales(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def pooled_scales(self, image: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """Images (I, 3, h, w) -> normalised global features (I, E) and S pooled vectors z_s (I, C_s)."""
         feature, pooled = self._encode_scales(image)
         return F.normalize(feature, dim=-1), pooled
@@ -125,14 +127,19 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         logits = self.rank_scores(image_features @ text_features.T, match)
         return logits, logits.T
 
-    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> Any:
+    def forward(self, image: Tensor | CachedImages | None = None, text: Tensor | CachedTexts | None = None) -> Any:
         """In training with both inputs a flat dict of batch-first tensors; else what open_clip's own model returns.
+
+        Cached outputs of the locked towers take the place of pixels and token ids in training; the towers are not run.
 
         The dict holds `image_features` (B, E), `text_features` (B, E), `logit_scale`, and, as the configured losses
         need them, `text_ids` (B, L) and the folded sides under IMAGE_SIDE_KEYS and TEXT_SIDE_KEYS.
         """
         if not self.training or image is None or text is None:
             return super().forward(image, text)
+        if isinstance(image, CachedImages) and isinstance(text, CachedTexts):
+            self._require_own_features(image.source)
+            text = text.to(dtype=image.feature.dtype)  # the trainer casts images alone
         image_feature, pooled = self._encode_scales(image)
         text_feature, tokens, mask = self._encode_tokens(text)
         text_feature = F.normalize(text_feature, dim=-1)
@@ -147,7 +154,7 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
             output.update(zip(IMAGE_SIDE_KEYS, self.mscmat.fold_image(pooled), strict=True))
             output.update(zip(TEXT_SIDE_KEYS, self.mscmat.fold_text(tokens, mask, text_feature), strict=True))
         if self.msa_cfg.loss.identical_captions:
-            output["text_ids"] = text
+            output["text_ids"] = text.ids if isinstance(text, CachedTexts) else text
         return output
 
     def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
@@ -177,24 +184,40 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
             _log.info("Warm start: towers loaded from a plain CLIP checkpoint, the MSA head keeps its initial values.")
         return result
 
-    def _encode_scales(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Global features before normalisation (I, E) and pooled vectors z_s."""
-        feature, pooled = self.image_scales(self.visual, image)
-        if self.fusion is not None:
-            feature = self.fusion(feature, pooled)
-        return feature, pooled
-
-    def _encode_tokens(self, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Global features before normalisation (T, E), last hidden states (T, N, C) and the mask (T, N) on them."""
-        feature, tokens = self.text(text)
-        mask = token_mask(text, pad_id(self.text))
+    def attended_tokens(self, ids: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What MSCMAT attends to of the last hidden states of token ids (T, L): (T, N, C) and the mask (T, N)."""
+        mask = token_mask(ids, pad_id(self.text))
         if self.msa_cfg.text_tokens.padding:
             mask = mask.new_ones(mask.shape)
         if tokens.shape[1] < mask.shape[1]:  # the pooler of some Hugging Face towers keeps [CLS] to itself
             mask = mask[:, 1:]
         elif not self.msa_cfg.text_tokens.first:
             tokens, mask = tokens[:, 1:], mask[:, 1:]
-        return feature, tokens, mask
+        return tokens, mask
+
+    def _encode_scales(self, image: Tensor | CachedImages) -> tuple[Tensor, Sequence[Tensor]]:
+        """Global features before normalisation (I, E) and pooled vectors z_s."""
+        pooled: Sequence[Tensor]
+        if isinstance(image, CachedImages):
+            feature, pooled = learning_head(self.visual)(image.feature), image.pooled
+        else:
+            feature, pooled = self.image_scales(self.visual, image)
+        if self.fusion is not None:
+            feature = self.fusion(feature, pooled)
+        return feature, pooled
+
+    def _encode_tokens(self, text: Tensor | CachedTexts) -> tuple[Tensor, Tensor, Tensor]:
+        """Global features before normalisation (T, E), last hidden states (T, N, C) and the mask (T, N) on them."""
+        if isinstance(text, CachedTexts):
+            return learning_head(self.text)(text.feature), text.tokens, text.mask
+        feature, tokens = self.text(text)
+        return feature, *self.attended_tokens(text, tokens)
+
+    def _require_own_features(self, source: Source) -> None:
+        """Compare weights once for each cache: they are locked."""
+        if source != self._features_of:
+            check_towers(self, source)
+            self._features_of = source
 
     def _require_mscmat(self) -> MSCMAT:
         if self.mscmat is None:
