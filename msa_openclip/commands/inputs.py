@@ -15,6 +15,7 @@ from ..data.readers import read_captions, read_shards
 from ..evaluation.eval_set import EvalSet
 from ..evaluation.loading import LoadedModel, ModelError, load
 from ..evaluation.options import EvalOptions
+from ..evaluation.seen_captions import read_train_captions
 from .options import DEVICES
 
 
@@ -50,8 +51,9 @@ def label(images: list[CaptionedImage], pattern: re.Pattern[str] | None) -> list
 
 
 def read_set(parsed: argparse.Namespace) -> EvalSet:
-    """`read_images`, ready to evaluate."""
-    return EvalSet(*read_images(parsed))
+    """`read_images`, ready to evaluate; against --train-captions where the subcommand has it."""
+    train = getattr(parsed, "train_captions", None)
+    return EvalSet(*read_images(parsed), read_train_captions(train) if train else None)
 
 
 def running(parsed: argparse.Namespace) -> EvalOptions:
