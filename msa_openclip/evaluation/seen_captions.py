@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data.captioned import EvalDataError
 from ..shards.options import ReadOptions
 from ..shards.readers import formats
-from ..shards.records import Rejection, clean_caption
+from ..shards.records import Rejection, folded_caption
 
 SEEN, UNSEEN = "seen captions", "unseen captions"
 
@@ -25,8 +25,8 @@ def seen_parts(texts: Sequence[str], train_captions: Iterable[str]) -> dict[str,
         >>> seen_parts(["A lake", "two planes"], ["a  lake"])
         {'seen captions': tensor([ True, False]), 'unseen captions': tensor([False,  True])}
     """
-    known = set(map(_folded, train_captions))
-    seen = torch.tensor([_folded(text) in known for text in texts])
+    known = set(map(folded_caption, train_captions))
+    seen = torch.tensor([folded_caption(text) in known for text in texts])
     return {name: part for name, part in ((SEEN, seen), (UNSEEN, ~seen)) if part.any()}
 
 
@@ -48,7 +48,3 @@ def read_train_captions(source: str, kind: str = "auto") -> list[str]:
     if not captions:
         raise EvalDataError(f"{source}: no captions of a split train; it has {', '.join(sorted(splits)) or 'nothing'}.")
     return captions
-
-
-def _folded(caption: str) -> str:
-    return clean_caption(caption).casefold()
