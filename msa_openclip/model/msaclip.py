@@ -59,6 +59,7 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
     ) -> None:
         cfg = msa_cfg if isinstance(msa_cfg, MSACfg) else MSACfg.from_dict(msa_cfg)
         super().__init__(embed_dim, vision_cfg, text_cfg, **clip_kwargs)
+        self._features_of: Source | None = None
         self.msa_cfg = cfg
         self.text.output_tokens = True
         self.image_scales = ImageScales(self.visual, cfg.image_scales)
@@ -71,7 +72,6 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
             self.mscmat = MSCMAT(channels, token_width, embed_dim, width, cfg.heads, cfg.score)
         self._check_towers(embed_dim)
         self._freeze_unused()
-        self._features_of: Source | None = None
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """Images (I, 3, h, w) -> global features (I, E)."""
