@@ -20,6 +20,7 @@ from .mscmat import IMAGE_SIDE_KEYS, MSCMAT, TEXT_SIDE_KEYS, fused_scores, match
 from .towers import (
     GatedScales,
     ImageScales,
+    ScaleInputs,
     TowerPlusScales,
     freeze_locked_norms,
     pad_id,
@@ -63,6 +64,7 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         self.msa_cfg = cfg
         self.text.output_tokens = True
         self.image_scales = ImageScales(self.visual, cfg.image_scales)
+        self.scale_inputs = ScaleInputs(self.image_scales.channels, cfg.scale_inputs)
         self.fusion = _build_fusion(cfg, self.image_scales.channels, embed_dim)
         self.mscmat: MSCMAT | None = None
         if cfg.uses_mscmat:
@@ -202,6 +204,7 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
             feature, pooled = learning_head(self.visual)(image.feature), image.pooled
         else:
             feature, pooled = self.image_scales(self.visual, image)
+        pooled = self.scale_inputs(pooled)
         if self.fusion is not None:
             feature = self.fusion(feature, pooled)
         return feature, pooled
@@ -252,13 +255,13 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
             self.image_scales.requires_grad_(False)
 
 
-MSA_PREFIXES = ("image_scales.", "fusion.", "mscmat.")
+MSA_PREFIXES = ("image_scales.", "scale_inputs.", "fusion.", "mscmat.")
 """Of the parameters that a plain CLIP model lacks."""
 
 
 def _build_fusion(cfg: MSACfg, channels: Sequence[int], embed_dim: int) -> nn.Module | None:
     if cfg.fusion == "both":
-        return TowerPlusScales(channels, embed_dim)
+        return TowerPlusScales(channels, embed_dim, cfg.fusion_hidden, cfg.scale_inputs.dropout)
     if cfg.fusion == "scales":
         return GatedScales(channels, embed_dim)
     return None
