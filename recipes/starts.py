@@ -106,7 +106,7 @@ STARTS: dict[str, Start] = {
         lr=1e-3,
         wd=0.1,
         batch_size=256,
-        epochs=15,
+        epochs=16,
         source="heads on features of these towers, RSICD and UCM",
     ),
     "clip": _fine_tuned(
