@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from ..evaluation.run_parameters import MODEL_OPTIONS
-from ..shards.arguments import Commands, add_choice, add_command, add_number, add_progress
+from ..shards.arguments import Commands, add_choice, add_command, add_number, add_progress, whole_number
 from ..training.feature_options import AUG_CFG, DTYPES
 from .options import add_batches, add_loading
 
@@ -45,12 +45,15 @@ def add(commands: Commands) -> None:
     group = command.add_argument_group("model, as for open_clip_train.main; a checkpoint of a run brings its own")
     group.add_argument("--pretrained-image", action="store_true", help="timm's weights for the image tower")
     group.add_argument("--force-quick-gelu", action="store_true", help="for weights made with QuickGELU")
-    group.add_argument("--force-image-size", type=int, metavar="PX")
-    group.add_argument("--force-context-length", type=int, metavar="N")
-    group.add_argument("--image-mean", type=float, nargs=3, metavar="X")
-    group.add_argument("--image-std", type=float, nargs=3, metavar="X")
-    group.add_argument("--image-interpolation", choices=("bicubic", "bilinear", "random"))
-    group.add_argument("--image-resize-mode", choices=("shortest", "longest", "squash"))
+    size = whole_number(1)
+    group.add_argument("--force-image-size", type=size, metavar="PX", help="of the images (default: the model's)")
+    group.add_argument("--force-context-length", type=size, metavar="N", help="of the texts (default: the model's)")
+    group.add_argument("--image-mean", type=float, nargs=3, metavar="X", help="by channel (default: the model's)")
+    group.add_argument("--image-std", type=float, nargs=3, metavar="X", help="by channel (default: the model's)")
+    choices = ("bicubic", "bilinear", "random")
+    group.add_argument("--image-interpolation", choices=choices, help="of resized images (default: the model's)")
+    choices = ("shortest", "longest", "squash")
+    group.add_argument("--image-resize-mode", choices=choices, help="without augmentation (default: the model's)")
 
 
 def key_and_value(text: str) -> tuple[str, Any]:

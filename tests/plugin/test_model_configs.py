@@ -119,7 +119,7 @@ CHANNELS = {
     "MSA-ResNet50-BERT": [256, 512, 1024, 2048],
     "MSA-ResNet18-BERT": [64, 128, 256, 512],
     "MSA-Swin-T-BERT": [96, 192, 384, 768],
-    "MSA-EfficientNetLite0-MiniLM": [24, 40, 112, 320],
+    "MSA-EfficientNetLite0-MiniLM": [48, 80, 224, 640],
 }
 
 

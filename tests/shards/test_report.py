@@ -55,7 +55,11 @@ def test_counts_are_those_of_the_data_in_both_layouts(shards: str, tmp_path: Pat
 def test_what_splits_share_is_counted_and_warned_of(shards: str, tmp_path: Path, layout: str) -> None:
     """Each image has the caption "the same" and one of its own; image 3 of val is image 1 of train."""
     build(shards, str(tmp_path / layout), options=BuildOptions(layout=layout, read=ReadOptions(kind="tar")))
-    content = report([str(tmp_path / layout)]).content
+    found = report([str(tmp_path / layout)])
+    content = found.content
+    shown = page(found)
+    assert "<h2>Captions and images that splits share</h2>" in shown
+    assert "<b>Warning:</b> 50% of the captions of val stand in train" in shown
     assert content["shared"] == [
         {"split": "val", "of": "train", "captions": 4, "images": 1, "captions_share": 0.5, "images_share": 0.25}
     ]
