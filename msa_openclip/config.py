@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-Pool = Literal["max", "avg", "token", "learned"]
+Pool = Literal["max", "avg", "max_avg", "token", "learned"]
 Fusion = Literal["tower", "scales", "both"]
 
 LARGEST_WIDTH = 65_536
@@ -28,7 +28,18 @@ class ImageScale:
     stage: int
     """Stage of a hierarchical backbone (1 is the map of stride 4) or block of a plain ViT, counted from 1."""
     pool: Pool = "avg"
-    """`max`, `avg`: over all positions; `token`: the class token; `learned`: attention with one learned query."""
+    """`max`, `avg`: over all positions; `max_avg`: both side by side; `token`: the class token; `learned`: attention
+    with one learned query."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleInputs:
+    """What is done to the pooled vectors before any learned map reads them, those of the fusion and of MSCMAT."""
+
+    norm: Literal["none", "batch", "layer"] = "none"
+    """By the statistics of each channel over the batch, or of each vector; ranges of stages differ tenfold."""
+    dropout: float = 0.0
+    """Share of their values left out in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +80,8 @@ class Loss:
     """Of the triplet term, in cosine."""
     fused_weight: float = 1.0
     """Of the InfoNCE on the fused scores of `ranking`, by which retrieval ranks."""
+    fused_match_weight: float | None = None
+    """Weight of the match scores within that term; null: `ranking.match_weight`."""
     match_weight: float = 0.0
     """Of the cross-entropy of every scale's scores alone, summed over scales."""
     match_directions: Literal["both", "image_to_text"] = "both"
@@ -102,6 +115,9 @@ class MSACfg:
     heads: int = 8
     fusion: Fusion = "both"
     """Global image feature: of the tower, of the scales (docs/method.md, section 1.2), or tower plus scales."""
+    fusion_hidden: int | None = None
+    """Of fusion `both`: width of a residual MLP over the tower's feature and all scales; null: linear maps alone."""
+    scale_inputs: ScaleInputs = field(default_factory=ScaleInputs)
     text_tokens: TextTokens = field(default_factory=TextTokens)
     score: Score = field(default_factory=Score)
     loss: Loss = field(default_factory=Loss)
@@ -115,19 +131,23 @@ class MSACfg:
         _require(stages == sorted(stages), "image_scales", stages, "stages ordered from shallow to deep")
         _require(self.width is None or self.width > 0, "width", self.width, "a positive number or null")
         _require(self.heads > 0, "heads", self.heads, "a positive number")
-        for name in ("width", "heads"):
+        for name in ("width", "heads", "fusion_hidden"):
             _require((getattr(self, name) or 1) <= LARGEST_WIDTH, name, getattr(self, name), f"at most {LARGEST_WIDTH}")
         if self.width is not None:
             check_heads(self.width, self.heads)
+        dropout, hidden = self.scale_inputs.dropout, self.fusion_hidden
+        _require(0 <= dropout < 1, "scale_inputs.dropout", dropout, "at least 0 and less than 1")
+        _require(hidden is None or hidden > 0, "fusion_hidden", hidden, "a positive number or null")
         temperature = self.score.temperature
         _require(temperature is None or temperature > 0, "score.temperature", temperature, "a positive number or null")
         for name in ("global_weight", "fused_weight", "match_weight", "consistency_weight", "margin"):
             _require(getattr(self.loss, name) >= 0, f"loss.{name}", getattr(self.loss, name), "0 or more")
         consistency_temperature = self.loss.consistency_temperature
         _require(consistency_temperature > 0, "loss.consistency_temperature", consistency_temperature, "more than 0")
-        for name in ("global_weight", "match_weight"):
-            weight = getattr(self.ranking, name)
-            _require(weight is None or weight >= 0, f"ranking.{name}", weight, "0 or more")
+        for key in ("ranking.global_weight", "ranking.match_weight", "loss.fused_match_weight"):
+            part, name = key.split(".")
+            weight = getattr(getattr(self, part), name)
+            _require(weight is None or weight >= 0, key, weight, "0 or more")
         self._require_representable()
         trains = self.loss.global_weight > 0 or self.uses_mscmat
         _require(trains, "loss", "all weights 0", "at least one term with a weight")
@@ -174,6 +194,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "heads": 12,
         "fusion": "scales",
+        "fusion_hidden": None,
+        "scale_inputs": {"norm": "none", "dropout": 0.0},
         "text_tokens": {"first": False, "padding": True},
         "score": {"form": "sigmoid", "gate": "plain", "temperature": None},
         "loss": {

@@ -3,6 +3,7 @@
     python recipes/run.py rsitmd --data RSITMD --start clip --out out/rsitmd
     python recipes/run.py ucm --data UCM_captions --start remoteclip --weights RemoteCLIP-ViT-B-32.pt --out out/ucm
     python recipes/run.py rsicd --data RSICD --start imagenet --seeds 0 1 2 --out out/rsicd -- --accum-freq 2
+    python recipes/run.py rsicd --data RSICD --start frozen --out out/rsicd     # heads alone, minutes on a laptop
 
 Builds shards, trains with each seed, chooses the epoch of each run on val, tests it once.  Every command is printed as
 you would type it, and what is done already is not done again: after an interruption give the same command.  What
@@ -12,6 +13,7 @@ follows `--` goes to open_clip_train.main and wins over the recipe's own choice.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,8 +27,6 @@ from msa_openclip.shards import ShardError, manifest
 from msa_openclip.steps import CLI, TRAIN, StepError, run, shard_pattern
 from msa_openclip.training.checkpoints import is_whole
 
-AUGMENTATION = ("--aug-cfg", "dihedral=True", "scale=(1.0,1.0)")
-"""Flips and quarter turns; whole images, so that nothing is cut off that the caption names."""
 MOST_CHECKPOINTS = 10
 """Epochs that are validated and saved, evenly spread: a checkpoint of a ViT-B run takes 2 GB."""
 
@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     splits = manifest.read(str(shards))["splits"]
     for line in (*SETS[options.set].flaws, *differences(SETS[options.set], splits)):
         print(f"note: {line}")
+    if STARTS[options.start].views:
+        run(CLI, *features_command(options, shards))
     for seed in options.seeds:
         folder = run_folder(options, seed)
         if is_whole(folder / "checkpoints" / f"epoch_{options.epochs}.pt"):
@@ -62,17 +64,36 @@ def shards_command(options: argparse.Namespace, shards: Path) -> list[object]:
     return ["shards", "build", captions, shards, "--images", images, "--name", options.set, *published.build]
 
 
+def features_command(options: argparse.Namespace, shards: Path) -> list[object]:
+    """`msa-openclip features ...`: outputs of the locked towers; the same command again finds them finished."""
+    start = STARTS[options.start]
+    model = f"{options.model}={options.weights}" if options.weights else options.model
+    # Of what follows `--`, this makes other features.
+    given = [word for word in options.train if word == "--force-quick-gelu"]
+    return [
+        "features", model, features_folder(options), "--shards", shard_pattern(shards, "train"),
+        "--views", start.views, *start.augmentation, *model_options(options), *given,
+        "--device", options.device, "--precision", options.precision, "--workers", options.workers,
+    ]  # fmt: skip
+
+
+def features_folder(options: argparse.Namespace) -> Path:
+    """Where the features of the training images lie."""
+    return Path(options.out / "features" / f"{options.start}-{options.model}")
+
+
 def train_command(
     options: argparse.Namespace, shards: Path, splits: Mapping[str, Mapping[str, Any]], seed: int
 ) -> list[object]:
     """`python -m open_clip_train.main ...`; goes on behind the last checkpoint where there is one."""
     start, folder = STARTS[options.start], run_folder(options, seed)
     steps = options.epochs * max(1, int(splits["train"]["samples"]) // options.batch_size)
-    every = max(1, options.epochs // MOST_CHECKPOINTS)
+    every = math.ceil(options.epochs / MOST_CHECKPOINTS)
     return [
-        "--model", options.model, *weights_options(options), *start.options,
-        "--train-data", shard_pattern(shards, "train"), "--val-data", shard_pattern(shards, "val"),
-        "--dataset-type", "webdataset", *AUGMENTATION,
+        "--model", options.model, *(["--pretrained", options.weights] if options.weights else []),
+        *model_options(options), *start.locks,
+        "--train-data", train_pattern(options, shards), "--val-data", shard_pattern(shards, "val"),
+        "--dataset-type", "webdataset", *start.augmentation,
         "--epochs", options.epochs, "--batch-size", options.batch_size, "--lr", options.lr, "--wd", start.wd,
         "--warmup", steps // 10, "--seed", seed, "--workers", options.workers,
         "--device", options.device, "--precision", options.precision,
@@ -81,14 +102,23 @@ def train_command(
     ]  # fmt: skip
 
 
-def weights_options(options: argparse.Namespace) -> list[str]:
-    """--pretrained, with the activation that a tag's weights were made with; a file does not tell its own."""
+def train_pattern(options: argparse.Namespace, shards: Path) -> str:
+    """The shards of images to train on, or those of their features, which have the same names."""
+    images = shard_pattern(shards, "train")
+    return f"{features_folder(options)}/{Path(images).name}" if STARTS[options.start].views else images
+
+
+def model_options(options: argparse.Namespace) -> list[str]:
+    """What belongs to the weights: the start's options, the activation that a tag's weights were made with.
+
+    A file does not tell its own.  Other weights for a start on ImageNet's come with CLIP's mean and deviation.
+    """
     from open_clip.pretrained import get_pretrained_cfg
 
-    if not options.weights:
-        return []
-    quick_gelu = get_pretrained_cfg(options.model, options.weights).get("quick_gelu", False)
-    return ["--pretrained", options.weights, *(["--force-quick-gelu"] if quick_gelu else [])]
+    start = STARTS[options.start]
+    own = [] if start.views and options.weights else list(start.options)
+    tag = get_pretrained_cfg(options.model, options.weights) if options.weights else {}
+    return [*own, *(["--force-quick-gelu"] if tag.get("quick_gelu", False) else [])]
 
 
 def test_command(options: argparse.Namespace, shards: Path) -> list[object]:
@@ -113,7 +143,7 @@ def report_path(options: argparse.Namespace) -> Path:
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; those not given as the start has them, and as the machine can."""
     own, train = _split(arguments)
-    starts = "\n".join(f"  {name:10}  {start.what}" for name, start in STARTS.items())
+    starts = "\n".join(f"  {name:13}  {start.what}" for name, start in STARTS.items())
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=f"starts:\n{starts}", formatter_class=argparse.RawDescriptionHelpFormatter
     )

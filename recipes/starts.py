@@ -11,6 +11,13 @@ from dataclasses import dataclass
 
 IMAGENET = ("--image-mean", "0.485", "0.456", "0.406", "--image-std", "0.229", "0.224", "0.225")
 """What timm's ImageNet weights were trained with; open_clip would normalise as CLIP does."""
+HALVES = ("--image-mean", "0.5", "0.5", "0.5", "--image-std", "0.5", "0.5", "0.5")
+"""The same of timm's tf_ models, which come from TensorFlow."""
+WHOLE = ("--aug-cfg", "dihedral=True", "scale=(1.0,1.0)")
+"""Flips and quarter turns; whole images, so that nothing is cut off that the caption names."""
+CROPS = ("--aug-cfg", "dihedral=True", "scale=(0.5,1.0)")
+"""Crops too: small sets teach heads by heart, and what helps against that gains more than whole captions."""
+LOCKED_TEXT = ("--lock-text", "--lock-text-freeze-layer-norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +32,11 @@ class Start:
     """Name of the published file that --weights must name, where there is no tag."""
     options: tuple[str, ...] = ()
     """For open_clip_train.main; kept in the run's params.txt, from which `msa-openclip` rebuilds the model."""
+    locks: tuple[str, ...] = ()
+    """What of the towers does not learn, likewise."""
+    augmentation: tuple[str, ...] = WHOLE
+    views: int = 0
+    """Train on features of so many augmented views of each image, made once; 0: through the towers."""
     lr: float
     wd: float
     batch_size: int
@@ -71,6 +83,31 @@ STARTS: dict[str, Start] = {
         batch_size=128,
         epochs=50,
         source="PIR, same towers: https://github.com/jaychempan/PIR/blob/main/configs/Retrieval_rsitmd.yaml",
+    ),
+    "imagenet-lite": Start(
+        what="EfficientNet-Lite0 of ImageNet, its last groups learning, and MiniLM, locked: for a laptop",
+        model="MSA-EfficientNetLite0-MiniLM",
+        options=("--pretrained-image", *HALVES),
+        locks=("--lock-image", "--lock-image-unlocked-groups", "3", "--lock-image-freeze-bn-stats", *LOCKED_TEXT),
+        augmentation=CROPS,
+        lr=1e-3,
+        wd=0.1,
+        batch_size=128,
+        epochs=6,
+        source="runs of 4 epochs on RSICD at 150 px with this rate, not tuned",
+    ),
+    "frozen": Start(
+        what="the same towers, both locked, or those of --weights: heads trained on features of them in minutes",
+        model="MSA-EfficientNetLite0-MiniLM",
+        options=("--pretrained-image", *HALVES),
+        locks=("--lock-image", *LOCKED_TEXT),
+        augmentation=CROPS,
+        views=6,
+        lr=1e-3,
+        wd=0.1,
+        batch_size=256,
+        epochs=16,
+        source="heads on features of these towers, RSICD and UCM",
     ),
     "clip": _fine_tuned(
         "CLIP ViT-B-32 of LAION-2B; --weights names another tag or a file", weights="laion2b_s34b_b79k"

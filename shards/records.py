@@ -93,6 +93,11 @@ def clean_caption(text: str) -> str:
     return " ".join(text.split())
 
 
+def folded_caption(caption: str) -> str:
+    """What two captions that differ in white space and case alone have in common."""
+    return clean_caption(caption).casefold()
+
+
 def class_words(name: str) -> str:
     """`BaseballField`, `baseball_field` and `baseball-field` in words: baseball field."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msa_openclip.config import PRESETS, Fusion, ImageScale, Loss, MSACfg, Pool, Ranking, Score, TextTokens
+from msa_openclip.config import PRESETS, Fusion, ImageScale, Loss, MSACfg, Pool, Ranking, ScaleInputs, Score, TextTokens
 
 SCALES = [{"stage": 2, "pool": "max"}, {"stage": 3}]
 
@@ -31,6 +31,8 @@ def configurations(draw: st.DrawFn) -> MSACfg:
         width=draw(st.none() | st.integers(1, 64).map(lambda factor: factor * heads)),
         heads=heads,
         fusion=draw(st.sampled_from(get_args(Fusion))),
+        fusion_hidden=draw(st.none() | st.integers(1, 64)),
+        scale_inputs=draw(st.builds(ScaleInputs, dropout=st.floats(0, 1, exclude_max=True))),
         text_tokens=draw(st.builds(TextTokens)),
         score=draw(st.builds(Score, temperature=st.none() | positive)),
         loss=draw(
@@ -86,7 +88,14 @@ ACCEPTED = {
     str: (".base",),
     float: tuple(path for path, _ in key_paths(FULL) if path.endswith(FLOATS)),
     bool: (".text_tokens.first", ".text_tokens.padding", ".loss.identical_captions"),
-    type(None): (".base", ".width", ".score.temperature", ".ranking.global_weight"),
+    type(None): (
+        ".base",
+        ".width",
+        ".fusion_hidden",
+        ".score.temperature",
+        ".loss.fused_match_weight",
+        ".ranking.global_weight",
+    ),
 }
 WRONG = ["nonsense", 1.5, True, None, [], {"unheard": 1}, -3, math.nan, math.inf]
 
@@ -119,7 +128,7 @@ def test_a_value_of_a_wrong_kind_is_refused_by_its_key(path: str, wrong: Any) ->
         ),
         (
             {"image_scales": [{"stage": 1}, {"stage": 2, "pool": "mean"}]},
-            "msa_cfg.image_scales[1].pool: got 'mean', expected one of 'max', 'avg', 'token', 'learned'.",
+            "msa_cfg.image_scales[1].pool: got 'mean', expected one of 'max', 'avg', 'max_avg', 'token', 'learned'.",
         ),
         (
             {"image_scales": [{"stage": 1, "depth": 2}]},
@@ -152,6 +161,18 @@ def test_a_value_of_a_wrong_kind_is_refused_by_its_key(path: str, wrong: Any) ->
             {"image_scales": SCALES, "fusion": "sum"},
             "msa_cfg.fusion: got 'sum', expected one of 'tower', 'scales', 'both'.",
         ),
+        (
+            {"image_scales": SCALES, "fusion_hidden": 0},
+            "msa_cfg.fusion_hidden: got 0, expected a positive number or null.",
+        ),
+        (
+            {"image_scales": SCALES, "scale_inputs": {"dropout": 1}},
+            "msa_cfg.scale_inputs.dropout: got 1.0, expected at least 0 and less than 1.",
+        ),
+        (
+            {"image_scales": SCALES, "loss": {"fused_match_weight": -1}},
+            "msa_cfg.loss.fused_match_weight: got -1.0, expected 0 or more.",
+        ),
         ({"image_scales": SCALES, "loss": 3}, "msa_cfg.loss: expected an object, got 3."),
         ({"image_scales": {"stage": 1}}, "msa_cfg.image_scales: expected a list, got {'stage': 1}."),
         (
@@ -183,7 +204,8 @@ def test_the_paper_preset_is_the_released_method() -> None:
     cfg = MSACfg.from_dict({"preset": "paper", "image_scales": SCALES})
     assert cfg.text_tokens == TextTokens(first=False, padding=True)
     assert cfg.score == Score(form="sigmoid", gate="plain", temperature=None)
-    assert (cfg.heads, cfg.fusion) == (12, "scales")
+    assert (cfg.heads, cfg.fusion, cfg.fusion_hidden) == (12, "scales", None)
+    assert cfg.scale_inputs == ScaleInputs(norm="none", dropout=0.0)
     assert (cfg.loss.global_term, cfg.loss.margin) == ("triplet", 0.5)
     assert (cfg.loss.global_weight, cfg.loss.match_weight, cfg.loss.consistency_weight) == (1.0, 15.0, 10.0)
     assert (cfg.loss.match_directions, cfg.loss.consistency) == ("image_to_text", "released")

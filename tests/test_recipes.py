@@ -14,7 +14,7 @@ from types import ModuleType
 import open_clip
 import pytest
 import torch
-from helpers import published_files
+from helpers import published_files, tiny
 from helpers.shards_data import tar_members
 from open_clip_train.params import parse_args
 
@@ -87,19 +87,22 @@ def test_the_number_of_published_images_is_no_news(recipe: ModuleType) -> None:
     assert recipe.differences(recipe.SETS["rsitmd"], sizes) == ["test: 451 images, published are 452"]
 
 
-@pytest.mark.parametrize("start", ["scratch", "imagenet", "clip", "remoteclip", "georsclip"])
+@pytest.mark.parametrize("start", ["scratch", "imagenet", "imagenet-lite", "frozen", "clip", "remoteclip", "georsclip"])
 def test_every_start_is_a_command_that_open_clip_takes(start, recipe, commands, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     data = published_files.write("ucm", tmp_path / "data")
     weights = ["--weights", "weights.pt"] if recipe.STARTS[start].file else []
     recipe.main(["ucm", "--data", str(data), "--start", start, *weights, "--out", str(tmp_path / "out")])
-    parsed = parse_args(commands[1][1])
+    parsed = parse_args(next(words for module, words in commands if module == "open_clip_train.main"))
     assert parsed.model in open_clip.list_models()
     assert "msa_cfg" in open_clip.get_model_config(parsed.model)
     if start == "clip":
         assert parsed.pretrained in open_clip.list_pretrained_tags_by_model(parsed.model)
     assert parsed.force_quick_gelu == (start in ("remoteclip", "georsclip"))
-    assert parsed.pretrained_image == (start == "imagenet")
-    assert parsed.image_mean == ([0.485, 0.456, 0.406] if start == "imagenet" else None)
+    assert parsed.pretrained_image == (start in ("imagenet", "imagenet-lite", "frozen"))
+    means = {"imagenet": [0.485, 0.456, 0.406], "imagenet-lite": [0.5, 0.5, 0.5], "frozen": [0.5, 0.5, 0.5]}
+    assert parsed.image_mean == means.get(start)
+    assert parsed.lock_text == parsed.lock_text_freeze_layer_norm == (start in ("imagenet-lite", "frozen"))
+    assert ("features" in str(parsed.train_data)) == (start == "frozen")
     assert len(list(range(0, parsed.epochs, parsed.save_frequency))) <= 10
 
 
@@ -205,6 +208,34 @@ def test_a_run_whose_last_checkpoint_is_half_written_is_trained_on(finished, rec
         last.write_bytes(data)
     trained = next(words for module, words in commands if module == "open_clip_train.main")
     assert trained[trained.index("--resume") + 1] == "latest"
+
+
+@pytest.mark.parametrize("start", ["frozen", "imagenet-lite"])
+def test_starts_for_a_laptop_run_from_files_to_test_recalls(start, tiny_bert: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """With towers of their kind, tiny and random: timm's with activations in its norms, Hugging Face's."""
+    text = tiny.bert_text(tiny_bert) | {"hf_pooler_type": "mean_pooler", "hf_proj_type": "linear"}
+    config = tiny.config("timm-RN", text=text, msa={})
+    config["vision_cfg"] |= {"timm_model_name": "test_efficientnet.r160_in1k", "timm_proj": "linear"}
+    (tmp_path / "configs").mkdir()
+    open_clip.add_model_config(tiny.write_config(tmp_path / "configs", f"tiny-{start}", config))
+    model, weights = open_clip.create_model(f"tiny-{start}"), tmp_path / "weights.pt"
+    torch.save(model.state_dict(), weights)
+    data, out = published_files.write("ucm", tmp_path / "data"), tmp_path / "out"
+    given = ["ucm", "--data", str(data), "--out", str(out), "--start", start, "--model", f"tiny-{start}"]
+    given += ["--weights", str(weights), "--epochs", "2", "--batch-size", "8", "--device", "cpu", "--workers", "0"]
+    environment = {**os.environ, "MSA_OPENCLIP_CONFIGS": str(tmp_path / "configs"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(RECIPES / "run.py"), *given]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (out / "features").exists() == (start == "frozen")
+    assert set(json.loads((out / f"{start}-tiny-{start}.json").read_text())["mean_sd"]) >= {"global", "match", "fused"}
+    (path,) = (out / "logs" / f"{start}-tiny-{start}-seed0" / "checkpoints").glob("epoch_2.pt")
+    trained = torch.load(path, weights_only=True)["state_dict"]
+    weights_before = {key: value for key, value in model.state_dict().items() if "num_batches" not in key}
+    changed = {key for key, value in weights_before.items() if not value.equal(trained[key])}  # frozen norms count none
+    assert {key.split(".")[0] for key in changed} >= {"mscmat", "fusion", "logit_scale"}
+    assert bool([key for key in changed if key.startswith("visual.trunk.")]) == (start == "imagenet-lite")
+    assert not [key for key in changed if key.startswith(("text.transformer.", "visual.trunk.bn1"))]
 
 
 LOG = """INFO | Train Epoch: 0 [ 8/16 (50%)] LR: 0.1 Contrastive_loss: 4.0 (4.0) Match_loss: 2e-1 (0.2) Loss: 9.0 (9.0)

@@ -23,6 +23,8 @@ def add(commands: Commands) -> None:
     )
     add_models(command)
     add_data(command)
+    text = "what was trained on; captions that stand there, whatever their case, and the others are rated apart, too"
+    command.add_argument("--train-captions", metavar="FILE_OR_PATTERN", help=text)
     add_running(command)
     group = add_reports(command, bootstrap=1000)
     add_choice(group, "--ties", "equal scores", ("expected", "pessimistic"))

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from ..data.readers import read_captions, read_shards
 from ..evaluation.eval_set import EvalSet
 from ..evaluation.loading import LoadedModel, ModelError, load
 from ..evaluation.options import EvalOptions
+from ..evaluation.seen_captions import read_train_captions
 from .options import DEVICES
 
 
@@ -49,8 +51,9 @@ def label(images: list[CaptionedImage], pattern: re.Pattern[str] | None) -> list
 
 
 def read_set(parsed: argparse.Namespace) -> EvalSet:
-    """`read_images`, ready to evaluate."""
-    return EvalSet(*read_images(parsed))
+    """`read_images`, ready to evaluate; against --train-captions where the subcommand has it."""
+    train = getattr(parsed, "train_captions", None)
+    return EvalSet(*read_images(parsed), read_train_captions(train) if train else None)
 
 
 def running(parsed: argparse.Namespace) -> EvalOptions:
@@ -60,8 +63,8 @@ def running(parsed: argparse.Namespace) -> EvalOptions:
     )
 
 
-def load_model(spec: str, parsed: argparse.Namespace) -> LoadedModel:
-    """The model on --device, in --precision where the subcommand has it.
+def load_model(spec: str, parsed: argparse.Namespace, **how: Any) -> LoadedModel:
+    """The model on --device, in --precision where the subcommand has it; `how` are further arguments of `load`.
 
     Raises:
         ModelError: this machine has no such device, or the model cannot be loaded.
@@ -70,7 +73,7 @@ def load_model(spec: str, parsed: argparse.Namespace) -> LoadedModel:
     name = parsed.device if ":" in parsed.device or parsed.device == "cpu" else f"{parsed.device}:0"
     if name not in devices:
         raise ModelError(f"--device {parsed.device}: this machine has {', '.join(devices)} only.")
-    return load(spec, parsed.device, getattr(parsed, "precision", "fp32"))
+    return load(spec, parsed.device, getattr(parsed, "precision", "fp32"), **how)
 
 
 def _devices() -> list[str]:

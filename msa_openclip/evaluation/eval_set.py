@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..data.captioned import CaptionedImage, EvalDataError
 from .metrics import GroundTruth
+from .seen_captions import seen_parts
 
 
 class EvalSet:
     """Images, their distinct captions, and which caption belongs to which image.
 
+    Args:
+        images: with their captions.
+        source: what to call them.
+        train_captions: captions of the training set; those of the images that stand in it, and those that do not, are
+            then rated apart, too.
     Raises:
         EvalDataError: there is no image, or no caption.
     """
 
-    def __init__(self, images: Sequence[CaptionedImage], source: str) -> None:
+    def __init__(
+        self, images: Sequence[CaptionedImage], source: str, train_captions: Iterable[str] | None = None
+    ) -> None:
         self.images, self.source = tuple(images), source
         owner = [index for index, image in enumerate(self.images) for _ in image.captions]
         said = [caption for image in self.images for caption in image.captions]
@@ -29,6 +37,8 @@ class EvalSet:
         order = column.argsort(stable=True)
         self.texts = tuple(columns)
         """Distinct captions; entry c is score column c."""
+        self.parts = {} if train_captions is None else seen_parts(self.texts, train_captions)
+        """By name the parts of the captions that are rated alone, too: (C,) True where a caption belongs to it."""
         self.per_caption = GroundTruth.per_caption(
             torch.tensor(owner)[order], column=column[order], images=len(self.images)
         )

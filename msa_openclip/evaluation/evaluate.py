@@ -11,7 +11,7 @@ Shapes: I images, C distinct captions (score columns), R rankings, P right (imag
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ..data.pixels import Preprocess, batch_spans, batches
 from ..distributed import Peers, failing_together
 from .eval_set import EvalSet
-from .metrics import Retrieval, Ties
+from .metrics import GroundTruth, Retrieval, Ties
 from .options import EvalOptions
 from .rank_counter import RankCounter
 from .scorer import EncodedImages, EncodedTexts, Scorer, Tokenizer
@@ -44,6 +44,8 @@ class Evaluation:
     """Identical captions as one query with several right images."""
     images: EncodedImages
     """The encoded images, in the order of `data`."""
+    parts: Mapping[str, dict[str, Retrieval]]
+    """The field's protocol on parts of the captions, by part."""
 
     def summaries(self, ties: Ties = "expected", *, merged: bool = False) -> dict[str, dict[str, float]]:
         """Metrics by ranking: recalls and mR in percent, mean and median ranks."""
@@ -76,7 +78,9 @@ def evaluate(
     images = encode_images(scorer, data, preprocess, options, peers)
     blocks = _CaptionBlocks(scorer, data, tokenizer, images, options, peers)
     right = blocks.right_scores()
-    return Evaluation(data, *blocks.count(right), images)
+    truths = [data.per_caption, data.merged, *(data.per_caption.only(keep) for keep in data.parts.values())]
+    per_caption, merged, *of_parts = blocks.count(right, truths)
+    return Evaluation(data, per_caption, merged, images, dict(zip(data.parts, of_parts, strict=True)))
 
 
 def encode_images(
@@ -165,35 +169,33 @@ class _CaptionBlocks:
             dist.all_reduce(right)
         return right
 
-    def count(self, right: Tensor) -> tuple[dict[str, Retrieval], dict[str, Retrieval]]:
-        """Second pass: ranks by each ranking, in both protocols."""
-        merged, per_caption = self.data.merged, self.data.per_caption
-        images = len(self.data.images)
+    def count(self, right: Tensor, truths: Sequence[GroundTruth]) -> list[dict[str, Retrieval]]:
+        """Second pass: by each of the truths the ranks by each ranking."""
+        merged, images = self.data.merged, len(self.data.images)
         distinct = merged.pair_column * images + merged.pair_image
-        position = torch.searchsorted(distinct, per_caption.pair_column * images + per_caption.pair_image)
+        places = [torch.searchsorted(distinct, truth.pair_column * images + truth.pair_image) for truth in truths]
         counters = []
         for scores in right:
             tolerance = TIE * float(scores.abs().max())
-            pair = scores[position.to(scores.device)]
             counters.append(
-                (
-                    RankCounter(per_caption, pair, tolerance=tolerance),
-                    RankCounter(merged, scores, tolerance=tolerance),
-                )
+                [
+                    RankCounter(truth, scores[place.to(scores.device)], tolerance=tolerance)
+                    for truth, place in zip(truths, places, strict=True)
+                ]
             )
         everyone = torch.arange(images)
         with failing_together(self.peers):
             for start in self._strips("counting ranks"):
                 for tile in self.kept.pop(start, None) or self._tiles(self._encode(start), everyone, start):
-                    for pair_of_counters, scores in zip(counters, tile.scores, strict=True):
-                        for counter in pair_of_counters:
+                    for of_ranking, scores in zip(counters, tile.scores, strict=True):
+                        for counter in of_ranking:
                             counter.add(scores, int(tile.rows[0]), tile.column)
         if self.peers.world_size > 1:
-            for counter in (counter for pair_of_counters in counters for counter in pair_of_counters):
+            for counter in (counter for of_ranking in counters for counter in of_ranking):
                 dist.all_reduce(counter.counts)
         names = self.scorer.rankings
-        first, second = zip(*((a.result(), b.result()) for a, b in counters), strict=True)
-        return dict(zip(names, first, strict=True)), dict(zip(names, second, strict=True))
+        by_truth = zip(*([counter.result() for counter in of_ranking] for of_ranking in counters), strict=True)
+        return [dict(zip(names, results, strict=True)) for results in by_truth]
 
     def _strips(self, doing: str) -> Iterator[int]:
         """The first captions of this rank's strips, with a progress bar."""

@@ -52,7 +52,15 @@ class LoadedModel:
     precision: str = "fp32"
 
 
-def load(spec: str, device: str = "cpu", precision: str = "fp32", *, trust_remote_code: bool = False) -> LoadedModel:
+def load(
+    spec: str,
+    device: str = "cpu",
+    precision: str = "fp32",
+    *,
+    trust_remote_code: bool = False,
+    towers_only: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> LoadedModel:
     """Load an open_clip model; a checkpoint in its run's folder as the run built it (`--force-*`, `--image-*`).
 
     Args:
@@ -61,11 +69,14 @@ def load(spec: str, device: str = "cpu", precision: str = "fp32", *, trust_remot
         precision: as for open_clip_train.
         trust_remote_code: let the model's tokenizer and text tower run the Python code that they bring along; no
             configuration can switch this on.
+        towers_only: MSA's own part may be random, and NAME without weights stands for what towers alone start from
+            (`pretrained_image` among the options, a text tower of the hub).
+        options: for `create_model_and_transforms`, over those of the run.
     Raises:
         ModelError: the model or its weights do not exist or are damaged, an MSA model would be left with a random
             MSCMAT, or the model wants to run code that `trust_remote_code` does not allow.
     """
-    name, pretrained = split_spec(spec)
+    name, pretrained = (spec, None) if towers_only and "=" not in spec else split_spec(spec)
     if precision not in PRECISIONS:
         raise ModelError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}.")
     config = _configuration(name)
@@ -73,14 +84,14 @@ def load(spec: str, device: str = "cpu", precision: str = "fp32", *, trust_remot
         _refuse_code(spec, config)
     if pretrained is not None and pretrained != UNTRAINED and os.path.exists(pretrained):
         _require_weights(spec, pretrained)
-    as_trained = model_options(pretrained, name) if pretrained else {}
+    as_trained = {**(model_options(pretrained, name) if pretrained else {}), **(options or {})}
     try:
         with _no_foreign_code(allowed=trust_remote_code):
             model, _, preprocess = open_clip.create_model_and_transforms(
                 name,
                 pretrained=None if pretrained == UNTRAINED else pretrained,
                 load_weights=pretrained != UNTRAINED,
-                require_pretrained=pretrained != UNTRAINED,
+                require_pretrained=pretrained != UNTRAINED and not towers_only,
                 precision=precision,
                 device=device,
                 **as_trained,
@@ -90,7 +101,7 @@ def load(spec: str, device: str = "cpu", precision: str = "fp32", *, trust_remot
                 context_length=as_trained.get("force_context_length"),
                 **_tokenizer_options(config, trust_remote_code),
             )
-            if isinstance(model, MSACLIP) and pretrained not in (None, UNTRAINED):
+            if isinstance(model, MSACLIP) and pretrained not in (None, UNTRAINED) and not towers_only:
                 _require_trained_head(spec, str(pretrained))
     except ModelError:
         raise

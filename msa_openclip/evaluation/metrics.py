@@ -64,6 +64,31 @@ class GroundTruth:
             images, torch.bincount(column).clamp(max=1), query_column, pairs[1].contiguous(), pairs[0].contiguous()
         )
 
+    def only(self, keep: Tensor) -> GroundTruth:
+        """The same protocol on some of the captions: the others are neither asked nor stand in the gallery.
+
+        All images stay in the gallery; those that are left without a caption are no queries.
+
+        Example:
+            >>> unseen = retrieval(scores, truth.only(~seen)).summary()["mR"]
+
+        Args:
+            keep: (C,) True for the columns that stay.
+        Raises:
+            ValueError: `keep` has another length, or nothing stays to ask.
+        """
+        stays = keep[self.query_column] if len(keep) == len(self.column_copies) else keep.new_zeros(0)
+        if not stays.any():
+            raise ValueError(f"keep: {int(keep.sum())} of {len(keep)} columns, of {len(self.column_copies)} captions.")
+        pairs = stays[self.pair_query]
+        return GroundTruth(
+            self.images,
+            torch.where(keep, self.column_copies, 0),
+            self.query_column[stays],
+            self.pair_image[pairs],
+            (stays.cumsum(0) - 1)[self.pair_query[pairs]],
+        )
+
     @property
     def pair_column(self) -> Tensor:
         """(P,): the score column of each right pair, not decreasing."""

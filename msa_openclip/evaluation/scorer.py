@@ -16,6 +16,7 @@ from open_clip import get_input_dtype
 from open_clip_train.precision import get_autocast
 from torch import Tensor, nn
 
+from ..model.cached import locked_part
 from ..model.msaclip import MSACLIP
 from ..model.towers import pad_id, token_mask
 from ..pair_scores.formula import ImageSide, TextSide
@@ -152,6 +153,21 @@ class Scorer:
                 return _normalised(self.model.encode_image(pixels), "images"), None
             feature, pooled = self.model.pooled_scales(pixels)
             return _finite(feature, "images"), self.model.mscmat.project_image(pooled).float()
+
+    def locked_images(self, pixels: Tensor) -> list[Tensor]:
+        """What the locked image tower puts out of images (I, 3, h, w): feature (I, P), S pooled vectors (I, C_s)."""
+        with torch.inference_mode(), self._cast():
+            pixels = pixels.to(self.device, self.input_dtype)
+            feature, pooled = self.model.image_scales(locked_part(self.model.visual), pixels)
+            return [part.float() for part in (feature, *pooled)]
+
+    def locked_texts(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What the locked text tower puts out of token ids (T, L): features (T, P), T runs (n, C) of tokens."""
+        with torch.inference_mode(), self._cast():
+            model, ids = without_padding(self.model, ids.to(self.device))
+            feature, tokens = locked_part(model.text)(ids)
+            runs = zip(*model.attended_tokens(ids, tokens), strict=True)
+            return feature.float(), [run[mask].float() for run, mask in runs]
 
     def fold(self, feature: Tensor, projected: Tensor | None) -> EncodedImages:
         """Global features (I, E) and vectors m (I, S, D) of an index, ready to score."""

@@ -124,8 +124,10 @@ def _positions(msa: Any, pixels: Tensor) -> list[Tensor]:
     for number, (scale, slot) in enumerate(zip(msa.image_scales.scales, msa.image_scales.slots, strict=True)):
         values = maps[slot][0].float()  # (L, C)
         length, channels = values.shape
-        if scale.pool == "max":
+        if scale.pool in ("max", "max_avg"):
             share = torch.bincount(values.argmax(dim=0), minlength=length).float() / channels
+            if scale.pool == "max_avg":
+                share = (share + 1 / length) / 2
         elif scale.pool == "learned":
             pool = msa.image_scales.pools[str(number)]
             share = (pool.query(maps[slot])[0, :, 0].float() / math.sqrt(channels)).softmax(dim=0)

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from ..config import MSACfg
 from ..pair_scores.formula import ImageSide, TextSide
+from .cached import CachedImages, CachedTexts, Source, check_towers, learning_head
 from .mscmat import IMAGE_SIDE_KEYS, MSCMAT, TEXT_SIDE_KEYS, fused_scores, match_scores
 from .towers import (
     GatedScales,
     Images,
     ImageScales,
+    ScaleInputs,
     TowerPlusScales,
     freeze_locked_norms,
     pad_id,
@@ -60,8 +62,10 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
     ) -> None:
         cfg = msa_cfg if isinstance(msa_cfg, MSACfg) else MSACfg.from_dict(msa_cfg)
         super().__init__(embed_dim, vision_cfg, _with_tokens(text_cfg), **clip_kwargs)
+        self._features_of: Source | None = None
         self.msa_cfg = cfg
         self.image_scales = ImageScales(self.visual, cfg.image_scales)
+        self.scale_inputs = ScaleInputs(self.image_scales.channels, cfg.scale_inputs)
         self.fusion = _build_fusion(cfg, self.image_scales.channels, embed_dim)
         self.mscmat: MSCMAT | None = None
         if cfg.uses_mscmat:
@@ -105,7 +109,7 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         feature = F.normalize(feature, dim=-1)
         return feature, mscmat.fold_text(tokens, mask, feature)
 
-    def pooled_scales(self, image: Images) -> tuple[Tensor, list[Tensor]]:
+    def pooled_scales(self, image: Images) -> tuple[Tensor, Sequence[Tensor]]:
         """Images (I, 3, h, w) -> normalised global features (I, E) and S pooled vectors z_s (I, C_s)."""
         feature, pooled = self._encode_scales(image)
         return F.normalize(feature, dim=-1), pooled
@@ -134,14 +138,19 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         logits = self.rank_scores(image_features @ text_features.T, match)
         return logits, logits.T
 
-    def forward(self, image: Images | None = None, text: Tensor | None = None) -> Any:
+    def forward(self, image: Images | CachedImages | None = None, text: Tensor | CachedTexts | None = None) -> Any:
         """In training with both inputs a flat dict of batch-first tensors; else what open_clip's own model returns.
+
+        Cached outputs of the locked towers take the place of pixels and token ids in training; the towers are not run.
 
         The dict holds `image_features` (B, E), `text_features` (B, E), `logit_scale`, and, as the configured losses
         need them, `text_ids` (B, L) and the folded sides under IMAGE_SIDE_KEYS and TEXT_SIDE_KEYS.
         """
         if not self.training or image is None or text is None:
             return super().forward(image, text)
+        if isinstance(image, CachedImages) and isinstance(text, CachedTexts):
+            self._require_own_features(image.source)
+            text = text.to(dtype=image.feature.dtype)  # the trainer casts images alone
         image_feature, pooled = self._encode_scales(image)
         text_feature, tokens, mask = self._encode_tokens(text)
         text_feature = F.normalize(text_feature, dim=-1)
@@ -156,10 +165,16 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
             output.update(zip(IMAGE_SIDE_KEYS, self.mscmat.fold_image(pooled), strict=True))
             output.update(zip(TEXT_SIDE_KEYS, self.mscmat.fold_text(tokens, mask, text_feature), strict=True))
         if self.msa_cfg.loss.identical_captions:
-            # Where batches differ in length, so does the padding behind one caption; other ranks' are compared with it.
-            ragged = getattr(self.text, "variable_text", False)
-            output["text_ids"] = text.masked_fill(~token_mask(text, pad_id(self.text)), -1) if ragged else text
+            output["text_ids"] = self._comparable_ids(text)
         return output
+
+    def _comparable_ids(self, text: Tensor | CachedTexts) -> Tensor:
+        """Token ids (T, L) that are equal where captions are, also those of other ranks."""
+        if isinstance(text, CachedTexts):
+            return text.ids
+        # Where batches differ in length, so does the padding behind one caption.
+        ragged = getattr(self.text, "variable_text", False)
+        return text.masked_fill(~token_mask(text, pad_id(self.text)), -1) if ragged else text
 
     def convert_with_linear(self) -> None:
         """Bring what open_clip's conversion to low precision passes over to the precision of the layers around it."""
@@ -194,24 +209,41 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
             _log.info("Warm start: towers loaded from a plain CLIP checkpoint, the MSA head keeps its initial values.")
         return result
 
-    def _encode_scales(self, image: Images) -> tuple[Tensor, list[Tensor]]:
-        """Global features before normalisation (I, E) and pooled vectors z_s."""
-        feature, pooled = self.image_scales(self.visual, image)
-        if self.fusion is not None:
-            feature = self.fusion(feature, pooled)
-        return feature, pooled
-
-    def _encode_tokens(self, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Global features before normalisation (T, E), last hidden states (T, N, C) and the mask (T, N) on them."""
-        feature, tokens = self.text(text)
-        mask = token_mask(text, pad_id(self.text))
+    def attended_tokens(self, ids: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What MSCMAT attends to of the last hidden states of token ids (T, L): (T, N, C) and the mask (T, N)."""
+        mask = token_mask(ids, pad_id(self.text))
         if self.msa_cfg.text_tokens.padding:
             mask = mask.new_ones(mask.shape)
         if tokens.shape[1] < mask.shape[1]:  # the pooler of some Hugging Face towers keeps [CLS] to itself
             mask = mask[:, 1:]
         elif not self.msa_cfg.text_tokens.first:
             tokens, mask = tokens[:, 1:], mask[:, 1:]
-        return feature, tokens, mask
+        return tokens, mask
+
+    def _encode_scales(self, image: Images | CachedImages) -> tuple[Tensor, Sequence[Tensor]]:
+        """Global features before normalisation (I, E) and pooled vectors z_s."""
+        pooled: Sequence[Tensor]
+        if isinstance(image, CachedImages):
+            feature, pooled = learning_head(self.visual)(image.feature), image.pooled
+        else:
+            feature, pooled = self.image_scales(self.visual, image)
+        pooled = self.scale_inputs(pooled)
+        if self.fusion is not None:
+            feature = self.fusion(feature, pooled)
+        return feature, pooled
+
+    def _encode_tokens(self, text: Tensor | CachedTexts) -> tuple[Tensor, Tensor, Tensor]:
+        """Global features before normalisation (T, E), last hidden states (T, N, C) and the mask (T, N) on them."""
+        if isinstance(text, CachedTexts):
+            return learning_head(self.text)(text.feature), text.tokens, text.mask
+        feature, tokens = self.text(text)
+        return feature, *self.attended_tokens(text, tokens)
+
+    def _require_own_features(self, source: Source) -> None:
+        """Compare weights once for each cache: they are locked."""
+        if source != self._features_of:
+            check_towers(self, source)
+            self._features_of = source
 
     def _require_mscmat(self) -> MSCMAT:
         if self.mscmat is None:
@@ -246,13 +278,13 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
             self.image_scales.requires_grad_(False)
 
 
-MSA_PREFIXES = ("image_scales.", "fusion.", "mscmat.")
+MSA_PREFIXES = ("image_scales.", "scale_inputs.", "fusion.", "mscmat.")
 """Of the parameters that a plain CLIP model lacks."""
 
 
 def _build_fusion(cfg: MSACfg, channels: Sequence[int], embed_dim: int) -> nn.Module | None:
     if cfg.fusion == "both":
-        return TowerPlusScales(channels, embed_dim)
+        return TowerPlusScales(channels, embed_dim, cfg.fusion_hidden, cfg.scale_inputs.dropout)
     if cfg.fusion == "scales":
         return GatedScales(channels, embed_dim)
     return None

@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ImageScale
+from ..config import ScaleInputs as ScaleInputsCfg
 
 Images: TypeAlias = Tensor | Mapping[str, Any]
 """Pixels (I, 3, h, w); or, for NaFlexVit, images of many sizes as open_clip's NaFlex batches have them: `patches`
@@ -132,7 +134,7 @@ class ImageScales(nn.Module):
             if scale.pool == "token" and not _has_class_token(visual):
                 raise ValueError(f"{key}: pool 'token' needs a class token; {name} has none. Use max, avg or learned.")
         self.scales = tuple(scales)
-        self.channels = [stages[scale.stage].channels for scale in scales]
+        self.channels = [stages[scale.stage].channels * (1 + (scale.pool == "max_avg")) for scale in scales]
         self.indices = sorted({stages[scale.stage].position for scale in scales})
         self.slots = [self.indices.index(stages[scale.stage].position) for scale in scales]
         self.pools = nn.ModuleDict(
@@ -194,11 +196,19 @@ class ImageScales(nn.Module):
         if pool == "learned":
             pooled: Tensor = self.pools[str(position)](x, valid)
             return pooled
-        if valid is None:
-            return x.max(dim=1).values if pool == "max" else x.mean(dim=1)
-        if pool == "max":
-            return x.masked_fill(~valid[..., None], -torch.inf).max(dim=1).values
-        return (x * valid[..., None]).sum(dim=1) / valid.sum(dim=1, keepdim=True)
+        if pool == "max_avg":
+            return torch.cat([_masked_max(x, valid), _masked_mean(x, valid)], dim=1)
+        return _masked_max(x, valid) if pool == "max" else _masked_mean(x, valid)
+
+
+def _masked_max(x: Tensor, valid: Tensor | None) -> Tensor:
+    """(I, L, C) -> (I, C), over valid positions (I, L); all of them where that is None."""
+    return (x if valid is None else x.masked_fill(~valid[..., None], -torch.inf)).max(dim=1).values
+
+
+def _masked_mean(x: Tensor, valid: Tensor | None) -> Tensor:
+    """(I, L, C) -> (I, C), over valid positions (I, L); all of them where that is None."""
+    return x.mean(dim=1) if valid is None else (x * valid[..., None]).sum(dim=1) / valid.sum(dim=1, keepdim=True)
 
 
 def unused_parameters(scales: ImageScales, visual: nn.Module) -> list[nn.Parameter]:
@@ -234,20 +244,80 @@ def image_size(visual: Any) -> tuple[int, int]:
     return (size[0], size[1]) if isinstance(size, (tuple, list)) else (size, size)
 
 
-class TowerPlusScales(nn.Module):
-    """The tower's own global feature plus sum_s F_s z_s, which starts at zero: a warm start changes nothing."""
+class ChannelNorm(nn.BatchNorm1d):
+    """Batch norm without learned parts, computed in float32 or better whatever the dtype of its statistics."""
 
-    def __init__(self, channels: Sequence[int], embed_dim: int) -> None:
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, momentum=0.05, affine=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(I, C) -> (I, C), in training by the statistics of the batch."""
+        wide = input.to(torch.promote_types(input.dtype, torch.float32))
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        if not self.training:
+            mean, var = self.running_mean.to(wide.dtype), self.running_var.to(wide.dtype)
+            return F.batch_norm(wide, mean, var, eps=self.eps).to(input.dtype)
+        with torch.no_grad():
+            found = torch.var_mean(wide, dim=0)
+            for kept, of_batch in zip((self.running_var, self.running_mean), found, strict=True):
+                kept.lerp_(of_batch.to(kept.dtype), 0.05)
+        return F.batch_norm(wide, None, None, training=True, eps=self.eps).to(input.dtype)
+
+
+class ScaleInputs(nn.Module):
+    """What `msa_cfg.scale_inputs` does to pooled vectors before learned maps read them."""
+
+    def __init__(self, channels: Sequence[int], cfg: ScaleInputsCfg) -> None:
+        super().__init__()
+        norms = {"none": lambda _: nn.Identity(), "batch": ChannelNorm, "layer": _plain_layer_norm}
+        self.norms = nn.ModuleList(norms[cfg.norm](count) for count in channels)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, pooled: Sequence[Tensor]) -> list[Tensor]:
+        """S of (I, C_s) -> S of (I, C_s)."""
+        return [self.dropout(norm(z)) for norm, z in zip(self.norms, pooled, strict=True)]
+
+
+def _plain_layer_norm(channels: int) -> nn.Module:
+    return nn.LayerNorm(channels, elementwise_affine=False)
+
+
+class TowerPlusScales(nn.Module):
+    """The tower's own global feature plus sum_s F_s z_s, which starts at zero: a warm start changes nothing.
+
+    Args:
+        channels: C_s of each scale.
+        embed_dim: E.
+        hidden: width of an MLP over the tower's feature and all scales whose output is added too, from zero on.
+        dropout: within the MLP.
+    """
+
+    def __init__(
+        self, channels: Sequence[int], embed_dim: int, hidden: int | None = None, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.project = nn.ModuleList(nn.Linear(count, embed_dim) for count in channels)
         for parameter in self.project.parameters():
             nn.init.zeros_(parameter)
+        if hidden is not None:
+            self.norm = nn.LayerNorm(embed_dim)
+            last = nn.Linear(hidden, embed_dim)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            first = nn.Linear(embed_dim + sum(channels), hidden)
+            self.mlp = nn.Sequential(first, nn.GELU(), nn.Dropout(dropout), last)
+        self.has_mlp = hidden is not None
 
     def forward(self, feature: Tensor, pooled: Sequence[Tensor]) -> Tensor:
         """(I, E) and S of (I, C_s) -> (I, E)."""
+        fused = feature
         for linear, z in zip(self.project, pooled, strict=True):
-            feature = feature + linear(z)
-        return feature
+            fused = fused + linear(z)
+        if self.has_mlp:
+            joined = torch.cat([self.norm(feature).to(pooled[0].dtype), *pooled], dim=1)
+            fused = fused + self.mlp(joined)
+        return fused
 
 
 class GatedScales(nn.Module):

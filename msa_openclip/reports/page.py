@@ -59,9 +59,10 @@ def page(data: EvalSet, results: Sequence[ModelResult]) -> str:
         has_intervals=any(result.intervals for result in results),
         best={
             (protocol, scales): _best(results, protocol, scales=scales)
-            for protocol in ("metrics", "merged")
+            for protocol in ("metrics", "merged", *data.parts)
             for scales in (False, True)
         },
+        caption_parts=list(data.parts),
         lines=lines["i2t"],
         plots=[(_TITLES[way], _plot(lines[way])) for way in lines],
         classes=sorted(set(chain.from_iterable(result.by_class for result in results))),
@@ -100,7 +101,7 @@ def _name_and_path(spec: str) -> tuple[str, list[str]]:
 
 def _best(results: Sequence[ModelResult], protocol: str, *, scales: bool) -> dict[str, float]:
     """The highest value of each recall in a table."""
-    tables = (getattr(result, protocol).items() for result in results)
+    tables = (result.rankings(protocol).items() for result in results)
     rows = [metrics for ranking, metrics in chain.from_iterable(tables) if ("_scale" in ranking) == scales]
     return {name: max(metrics[name] for metrics in rows) for name in COLUMNS} if rows else {}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,15 @@ class ModelResult:
     """By class: metrics of the main ranking."""
     curves: dict[str, dict[str, list[float]]]
     """By ranking: recall at CURVE_CUTOFFS, `i2t` and `t2i`."""
+    parts: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """By part of the captions, by ranking: metrics with these captions alone."""
     examples: Examples | None = None
     """For the page."""
+
+    def rankings(self, protocol: str) -> dict[str, dict[str, float]]:
+        """Metrics by ranking, of `metrics`, `merged` or a part of the captions."""
+        found: dict[str, dict[str, float]] = self.parts.get(protocol) or getattr(self, protocol)
+        return found
 
     @property
     def main_ranking(self) -> str:
@@ -65,6 +72,10 @@ class ModelResult:
             {name: evaluation.per_caption[name].bootstrap(ties, bootstrap) for name in shown} if bootstrap else {},
             {names[label]: metrics for label, metrics in by_class.items() if label >= 0},
             {name: _curves(evaluation, name, ties) for name in shown},
+            {
+                part: {name: retrieval.summary(ties) for name, retrieval in rankings.items()}
+                for part, rankings in evaluation.parts.items()
+            },
         )
 
 
@@ -78,11 +89,13 @@ def table(data: EvalSet, results: Sequence[ModelResult], *, scales: bool = False
     lines = [describe(data), ""]
     rows: list[tuple[str, ...]] = [("model", "ranking", *(name.replace("_", " ") for name in COLUMNS), "95 % of mR")]
     for result in results:
-        for ranking, metrics in result.metrics.items():
-            if "_scale" not in ranking or scales:
-                interval = result.intervals.get(ranking, {}).get("mR")
-                span = f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else ""
-                rows.append((result.spec, ranking, *(f"{metrics[name]:.2f}" for name in COLUMNS), span))
+        for part, rankings in {"": result.metrics, **result.parts}.items():
+            for ranking, metrics in rankings.items():
+                if "_scale" not in ranking or scales:
+                    interval = None if part else result.intervals.get(ranking, {}).get("mR")
+                    span = f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else ""
+                    label = f"{ranking}, {part}" if part else ranking
+                    rows.append((result.spec, label, *(f"{metrics[name]:.2f}" for name in COLUMNS), span))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = [f"{cell:{'<' if n < 2 else '>'}{widths[n]}}" for n, cell in enumerate(row)]
@@ -92,7 +105,14 @@ def table(data: EvalSet, results: Sequence[ModelResult], *, scales: bool = False
 
 def describe(data: EvalSet) -> str:
     """One line about the set."""
-    return f"{data.source}: {len(data.images)} images, {data.captions} captions, {len(data.texts)} of them distinct"
+    parts = (f", {count} {name}" for name, count in captions_by_part(data).items())
+    counts = f"{len(data.images)} images, {data.captions} captions, {len(data.texts)} of them distinct"
+    return f"{data.source}: {counts}{''.join(parts)}"
+
+
+def captions_by_part(data: EvalSet) -> dict[str, int]:
+    """Number of captions, copies included, in each part that is rated alone."""
+    return {name: int(data.per_caption.column_copies[part].sum()) for name, part in data.parts.items()}
 
 
 def write_json(path: str, content: Any) -> None:
@@ -112,6 +132,7 @@ def as_dict(data: EvalSet, results: Sequence[ModelResult], parsed: argparse.Name
             "images": len(data.images),
             "captions": data.captions,
             "distinct_captions": len(data.texts),
+            **({"captions_by_part": captions_by_part(data)} if data.parts else {}),
         },
         "options": {key: value for key, value in vars(parsed).items() if key != "models"} if parsed else {},
         "versions": {"msa_openclip": __version__, "open_clip": open_clip.__version__, "torch": torch.__version__},
@@ -124,6 +145,7 @@ def as_dict(data: EvalSet, results: Sequence[ModelResult], parsed: argparse.Name
                 "metrics_merged_captions": result.merged,
                 "intervals_95": result.intervals,
                 "by_class": result.by_class,
+                **({"metrics_by_part": result.parts} if result.parts else {}),
                 "recall_curves": {"cutoffs": CURVE_CUTOFFS, **result.curves},
             }
             for result in results

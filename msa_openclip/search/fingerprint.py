@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..evaluation.loading import LoadedModel
 from ..evaluation.scorer import Scorer
+from ..model.weights import digest
 from .files import ImageIndexError, Manifest
 
 _SHAPES_NO_WEIGHT = ("num_heads", "n_head", "eps", "approximate", "stride", "padding", "patch_size", "window_size")
@@ -26,11 +26,7 @@ _SHAPES_NO_WEIGHT = ("num_heads", "n_head", "eps", "approximate", "stride", "pad
 
 def fingerprint(scorer: Scorer) -> str:
     """SHA-256 over all weights by name, so that an index is asked by the model that built it."""
-    digest = hashlib.sha256()
-    for name, value in sorted(scorer.model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return digest(scorer.model.state_dict())
 
 
 def settings(model: LoadedModel) -> dict[str, Any]:

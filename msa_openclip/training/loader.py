@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,8 @@ from open_clip_train.data import DataInfo, ResampledShards2, SharedEpoch, detshu
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..shards.storage.tars import IMAGE_MEMBERS
+from .features import FeatureRows, feature_rows
 from .samples import Sample, Tally, decode, draw_caption, look_at_first_sample, read_share
 from .shares import LoaderWorker, ShardDataError, Share, part_of, sample_range, shard_sizes, shuffled, whole_shards
 
@@ -30,6 +33,8 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class ShardBatches(IterableDataset[Any]):
     """Batches of one reader: (images (B, 3, h, w), token ids (B, L)), and at the end of an epoch its `Tally`.
+
+    Of shards of features (CachedImages, CachedTexts) instead.
 
     In training each sample is an image with one of its captions, in validation there is a row for each caption.  Where
     `sizes` is known, the readers of an epoch split the samples, else the shards.
@@ -52,6 +57,8 @@ class ShardBatches(IterableDataset[Any]):
     """Larger images are left out."""
     reorder: Callable[[Iterable[Sample]], Iterable[Sample]] | None = None
     """In training: of samples with token ids under `text`, still encoded."""
+    features: FeatureRows | None = None
+    """How to read shards of features; None: they hold images."""
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
@@ -63,7 +70,8 @@ class ShardBatches(IterableDataset[Any]):
         )
         tally = Tally()
         rows = self._training_rows(reader, tally) if self.is_train else self._validation_rows(reader, tally)
-        yield from wds.batched(self.batch_size, partial=True)(rows)
+        collate = {"collation_fn": self.features.collate} if self.features else {}
+        yield from wds.batched(self.batch_size, partial=True, **collate)(rows)
         yield tally
 
     def shares(self, reader: LoaderWorker) -> Iterator[Share]:
@@ -79,7 +87,7 @@ class ShardBatches(IterableDataset[Any]):
         begin, end = ((reader.rank * self.batches + batch) * self.batch_size for batch in (first, last))
         return sample_range(urls, sizes, begin, min(end, begin + sum(sizes)))
 
-    def _training_rows(self, reader: LoaderWorker, tally: Tally) -> Iterator[tuple[Tensor, Tensor]]:
+    def _training_rows(self, reader: LoaderWorker, tally: Tally) -> Iterator[tuple[Any, ...]]:
         """As many as fill the batches of `reader`; where samples do not suffice, the first come again."""
         begin, end = part_of(self.batches, reader.worker, reader.workers)
         missing, epoch = (end - begin) * self.batch_size, self.epoch.get_value()
@@ -93,7 +101,11 @@ class ShardBatches(IterableDataset[Any]):
                 image = self._image(sample, tally)
                 if image is None:
                     continue
-                yield image, sample["text"]
+                if self.features:
+                    draw = random.Random(f"view/{self.seed}/{epoch}/{sample['__key__']}")
+                    yield self.features.row(image, sample["captions"], sample["caption"], draw)
+                else:
+                    yield image, sample["text"]
                 missing -= 1
                 if not missing:
                     return
@@ -107,6 +119,8 @@ class ShardBatches(IterableDataset[Any]):
 
         def worded(sample: Sample) -> Sample:
             caption = draw_caption(sample["captions"], sample["__key__"], self.seed, epoch)
+            if self.features:  # they hold the token ids
+                return {**sample, "caption": caption}
             return {**sample, "text": self.tokenizer([caption])[0]}
 
         with_text = map(worded, samples)
@@ -126,11 +140,16 @@ class ShardBatches(IterableDataset[Any]):
                 yield from zip(repeat(image), self.tokenizer(sample["captions"]), strict=False)
 
     def _samples(self, shares: Iterator[Share], tally: Tally) -> Iterator[Sample]:
-        return chain.from_iterable(read_share(share, tally) for share in shares)
+        members = self.features.members if self.features else IMAGE_MEMBERS
+        return chain.from_iterable(read_share(share, tally, members=members) for share in shares)
 
-    def _image(self, sample: Sample, tally: Tally) -> Tensor | None:
+    def _image(self, sample: Sample, tally: Tally) -> Any:
+        """The pixels of a sample, or its features; None if they cannot be decoded."""
         try:
-            image = self.preprocess(decode(sample["image"], self.max_pixels))
+            if self.features:
+                image: Any = self.features.decode(sample)
+            else:
+                image = self.preprocess(decode(sample["image"], self.max_pixels))
         except Exception as error:  # Pillow raises nearly everything for one broken file or another
             detail = f"{type(error).__name__}: {error}"
             tally.reject(sample, "image cannot be decoded", detail, passed=tally.usable)
@@ -168,7 +187,10 @@ def get_wds_dataset(
     resampled = bool(is_train and getattr(args, "dataset_resampled", False))
     if is_train and args.train_data_upsampling_factors is not None and not resampled:
         raise ShardDataError("--train-data-upsampling-factors weighs shards drawn by --dataset-resampled; give both.")
-    look_at_first_sample(urls)
+    features = feature_rows(urls, args, tokenizer)
+    if features and not is_train:
+        raise ShardDataError(f"{pattern}: features serve training; give --val-data the shards of images to rank.")
+    look_at_first_sample(urls, features.members if features else IMAGE_MEMBERS)
     sizes = shard_sizes(urls)
     shared_epoch = SharedEpoch(epoch=epoch)
     if is_train:
@@ -195,6 +217,7 @@ def get_wds_dataset(
         tokenizer=tokenizer,
         max_pixels=getattr(args, "max_image_pixels", None) or None,
         reorder=reorder(shared_epoch) if is_train else None,
+        features=features,
     )
     loader = wds.WebLoader(
         dataset, batch_size=None, shuffle=False, num_workers=args.workers, persistent_workers=args.workers > 0

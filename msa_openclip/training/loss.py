@@ -5,6 +5,7 @@ Shapes: R rows and C columns of a block of scores (one of them images, the other
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -160,7 +161,8 @@ class MSALoss(nn.Module):
         # where another one has its parameters.
         terms = self._global(per_image, per_text, logit_scale)
         if cfg.fused_weight:
-            ranking = self.msa_cfg.ranking
+            ranking, weight = self.msa_cfg.ranking, cfg.fused_match_weight
+            ranking = ranking if weight is None else replace(ranking, match_weight=weight)
             both = fused_term(per_image, logit_scale, ranking) + fused_term(per_text, logit_scale, ranking)
             terms["fused_loss"] = cfg.fused_weight * both / 2
         if self.msa_cfg.uses_mscmat and (cfg.match_weight or not cfg.fused_weight):

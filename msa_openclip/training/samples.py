@@ -22,7 +22,7 @@ from ..shards.imagery.prepare import open_image
 from ..shards.readers.fields import encodable
 from ..shards.records import clean_caption
 from ..shards.storage import store
-from ..shards.storage.tars import IMAGE_MEMBERS, content, headers, image_of, open_tar
+from ..shards.storage.tars import IMAGE_MEMBERS, content, headers, open_tar
 from .shares import ShardDataError, Share
 
 EXPECTED = f"KEY.txt with captions, one a line, and one of {', '.join('KEY.' + name for name in IMAGE_MEMBERS)}"
@@ -94,8 +94,12 @@ class Tally:
         return "\n  ".join(lines + ([f"and {more:,} more"] if more > 0 else []))
 
 
-def read_share(share: Share, tally: Tally, *, fill_cache: bool = True) -> Iterator[Sample]:
+def read_share(
+    share: Share, tally: Tally, *, fill_cache: bool = True, members: Sequence[str] = IMAGE_MEMBERS
+) -> Iterator[Sample]:
     """Samples of a share that have an image and captions, still encoded: `__key__`, `__url__`, `image`, `captions`.
+
+    `members` are the extensions that `image` may have.
 
     Raises:
         StreamError: the shard cannot be opened, or is damaged.
@@ -103,8 +107,8 @@ def read_share(share: Share, tally: Tally, *, fill_cache: bool = True) -> Iterat
     """
     try:
         with open_shard(share.url, fill_cache=fill_cache) as file:
-            for members in group_by_keys_nothrow(_members(file, share, tally)):
-                sample = _usable(members, tally)
+            for group in group_by_keys_nothrow(_members(file, share, tally, members)):
+                sample = _usable(group, tally, members)
                 if sample is not None:
                     yield sample
     except tarfile.TarError as error:
@@ -115,7 +119,7 @@ def read_share(share: Share, tally: Tally, *, fill_cache: bool = True) -> Iterat
         ) from error
 
 
-def look_at_first_sample(urls: Sequence[str]) -> Sample:
+def look_at_first_sample(urls: Sequence[str], members: Sequence[str] = IMAGE_MEMBERS) -> Sample:
     """Find the first sample with image and captions: wrong data is refused within seconds, before all else is built.
 
     Raises:
@@ -127,7 +131,7 @@ def look_at_first_sample(urls: Sequence[str]) -> Sample:
             raise StreamError(f"{url}: no such file. Check the name and the braces.")
     tally = Tally()
     for url in urls[:LOOK_AT_SHARDS]:
-        sample = next(read_share(Share(url), tally, fill_cache=False), None)
+        sample = next(read_share(Share(url), tally, fill_cache=False, members=members), None)
         if sample is not None:
             return sample
     raise tally.nothing_usable(", ".join(urls[:LOOK_AT_SHARDS]))
@@ -136,7 +140,7 @@ def look_at_first_sample(urls: Sequence[str]) -> Sample:
 _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset passes over
 
 
-def _members(file: IO[bytes], share: Share, tally: Tally) -> Iterator[dict[str, Any]]:
+def _members(file: IO[bytes], share: Share, tally: Tally, images: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The members of the share as webdataset has them: `fname`, `data` (None if it is of no use here), `__url__`."""
     mode = "r:*" if hasattr(file, "seek") else "r|*"
     index, last_key = -1, None
@@ -151,15 +155,15 @@ def _members(file: IO[bytes], share: Share, tally: Tally) -> Iterator[dict[str, 
                 continue
             if share.stop is not None and index >= share.stop and share.stop != share.size:
                 return
-            wanted = extension.lower() in (*IMAGE_MEMBERS, "txt")
+            wanted = extension.lower() in (*images, "txt")
             yield {"fname": info.name, "data": content(tar, info) if wanted else None, "__url__": share.url}
     if share.size not in (None, index + 1):
         tally.note(share.url, "sizes.json is wrong", f"it says {share.size} samples, the shard has {index + 1}")
 
 
-def _usable(members: Sample, tally: Tally) -> Sample | None:
+def _usable(members: Sample, tally: Tally, images: Sequence[str]) -> Sample | None:
     """Image and captions of a sample; None, and a line in the tally, if it lacks one."""
-    image = image_of(members)
+    image = next((members[name] for name in images if name in members), None)
     if image is None or "txt" not in members:
         names = ", ".join(sorted(name for name in members if not name.startswith("__")))
         lack = "image" if image is None else "captions"

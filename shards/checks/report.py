@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import combinations
 from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
@@ -16,12 +17,14 @@ from tqdm import tqdm
 from .. import manifest
 from ..readers import fields
 from ..readers.tar_files import expand, read_metadata
-from ..records import SPLITS, ShardError, clean_caption
+from ..records import SPLITS, ShardError, clean_caption, folded_caption
 from ..storage import store
 from ..storage.tars import Member, image_of, read_member, samples
 from .duplicates import equal_groups, near_groups, perceptual_hash
 
 SHOWN = 12  # sample images of the report
+REPEATED = {"captions": 0.1, "images": 0.01}
+"""Shares of val or test from which on its repeating train is worth a warning."""
 
 
 class Seen(NamedTuple):
@@ -93,6 +96,7 @@ def report(
         "splits": {split: _sum_up(tallies[split], measure) for split in sorted(tallies, key=_split_order)},
         "rejected": _rejected(folders),
         "same_images": _sort_groups(equal_groups(checksums)),
+        "shared": _shared(tallies, checksums),
     }
     if near_bits is not None:
         content["look_alikes"] = _sort_groups(near_groups(hashes, near_bits)) | {"max_bits": near_bits}
@@ -121,8 +125,47 @@ def text(content: dict[str, Any]) -> str:
         if found := content.get(title):
             lines.append(f"{what}: {found['within']} groups within a split, {found['across']} across splits")
             lines += [f"  {' = '.join(group)}" for group in found["groups"][:5]]
+    lines += [
+        f"{row['split']} in {row['of']}: {row['captions']:,} captions ({row['captions_share']:.1%}),"
+        f" {row['images']:,} images ({row['images_share']:.1%})"
+        for row in content["shared"]
+    ]
+    lines += [f"warning: {warning}" for warning in warnings(content)]
     lines += [f"rejected, {reason}: {count}" for reason, count in content["rejected"].items()]
     return "\n".join(lines)
+
+
+def warnings(content: dict[str, Any]) -> list[str]:
+    """Where val or test repeats so much of train that its recalls tell little about new data."""
+    return [
+        f"{row[f'{what}_share']:.0%} of the {what} of {row['split']} stand in {row['of']}; {remedy}."
+        for row in content["shared"]
+        if row["of"].rpartition(":")[2] == "train" and row["split"].rpartition(":")[2] in ("val", "test")
+        for what, remedy in (
+            ("captions", "`msa-openclip eval --train-captions` rates the others apart"),
+            ("images", "leave them out of one of the two"),
+        )
+        if row[f"{what}_share"] >= REPEATED[what]
+    ]
+
+
+def _shared(tallies: dict[str, _Tally], checksums: dict[str, str]) -> list[dict[str, Any]]:
+    """For each pair of splits the captions (but for white space and case) and images of the later in the earlier."""
+    captions = {split: Counter(map(folded_caption, tally.captions.elements())) for split, tally in tallies.items()}
+    images: dict[str, list[str]] = defaultdict(list)
+    for name, checksum in checksums.items():
+        images[name.split("/", 1)[0]].append(checksum)
+    rows = []
+    for of, split in combinations(sorted(tallies, key=_split_order), 2):
+        known = set(images[of])
+        repeated = {
+            "captions": sum(count for caption, count in captions[split].items() if caption in captions[of]),
+            "images": sum(checksum in known for checksum in images[split]),
+        }
+        totals = {"captions": captions[split].total(), "images": len(images[split])}
+        shares = {f"{what}_share": repeated[what] / max(1, totals[what]) for what in repeated}
+        rows.append({"split": split, "of": of, **repeated, **shares})
+    return rows
 
 
 def _samples(folders: Sequence[str]) -> Iterator[Seen]:

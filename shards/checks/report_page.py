@@ -8,7 +8,7 @@ from typing import Any
 from ..imagery.prepare import open_image
 from ..pages.plots import Line, colour, line_plot
 from ..pages.render import jpeg_url, render
-from .report import Report, Seen
+from .report import Report, Seen, warnings
 
 _THUMBNAIL_PX = 320
 
@@ -30,6 +30,8 @@ def page(report: Report) -> str:
         plots=list(_plots(splits)),
         classes=list(_classes(splits)),
         doubles=[(title, content[name]) for name, title in titles.items() if name in content],
+        shared=content["shared"],
+        warnings=warnings(content),
         rejected=content["rejected"],
         samples=[(sample, _thumbnail(sample)) for sample in report.shown],
     )

@@ -23,7 +23,7 @@ from msa_openclip.shards.exit_codes import UsageError, run_command
 ROOT = Path(__file__).parents[2]
 SHARDS = ("build", "reshard", "verify", "info", "synthesize", "clip-benchmark")
 TREE = [
-    *("eval", "classify", "best", "card", "index", "search", "explain", "demo", "convert"),
+    *("features", "eval", "classify", "best", "card", "index", "search", "explain", "demo", "convert"),
     *(f"shards {name}" for name in SHARDS),
 ]
 EVAL = ["eval", "ViT-B-32=openai", "--shards", "x.tar"]

@@ -77,6 +77,28 @@ def test_eval_says_the_same_of_shards_and_caption_file(checkpoints, source: Path
     assert "match_scale1" not in printed
 
 
+def test_eval_rates_captions_of_the_training_set_apart(checkpoints, source: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("matplotlib", reason="matplotlib is missing (extra `plot`)")
+    content = json.loads((source / "image" / "source" / "captions.json").read_text())
+    train = tmp_path / "train.json"
+    rows = [{**row, "split": "train"} for row in content["images"][:4]]
+    train.write_text(json.dumps({**content, "images": rows}))
+    page, out = tmp_path / "page.html", tmp_path / "out.json"
+    reports = ["--json", str(out), "--html", str(page), "--bootstrap", "0"]
+    assert (
+        cli.main(["eval", checkpoints["MSA-tiny-ViT"], *caption_file(source), "--train-captions", str(train), *reports])
+        == 0
+    )
+    found = json.loads(out.read_text())
+    (model,) = found["models"]
+    assert sum(found["data"]["captions_by_part"].values()) == 55
+    assert set(model["metrics_by_part"]) == {"seen captions", "unseen captions"}
+    for part, rankings in model["metrics_by_part"].items():
+        assert set(rankings) == set(model["metrics"])
+        assert f"{rankings['fused']['mR']:.2f}" in page.read_text().split(f"<h2>{part.capitalize()}</h2>")[1]
+    assert re.search(r"fused, unseen captions +[0-9.]+", capsys.readouterr().out)
+
+
 def test_eval_page_holds_plots_pictures_and_classes(checkpoints, source: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is missing (extra `plot`)")
     page, out = tmp_path / "page.html", tmp_path / "out.json"

@@ -243,3 +243,24 @@ def test_agrees_with_clip_benchmark_where_no_scores_tie(seed: int, k: int) -> No
     image_to_text = clip_benchmark.recall_at_k(scores, positive.T, k) > 0
     assert summary[f"t2i_R@{k}"] == pytest.approx(100 * float((text_to_image > 0).double().mean()))
     assert summary[f"i2t_R@{k}"] == pytest.approx(100 * float(image_to_text.double().mean()))
+
+
+@given(cases(), st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_part_of_the_captions_is_rated_as_if_there_were_no_others(case: Case, data: st.DataObject) -> None:
+    scores, owner, column = case
+    keep = torch.tensor(data.draw(st.lists(st.booleans(), min_size=scores.shape[1], max_size=scores.shape[1])))
+    chosen = [(i, c) for i, c in zip(owner, column, strict=True) if keep[c]]
+    for protocol in (GroundTruth.per_caption, GroundTruth.merged):
+        truth = protocol(torch.tensor(owner), column=torch.tensor(column), images=len(scores))
+        if not chosen:
+            with pytest.raises(ValueError, match="keep: "):
+                truth.only(keep)
+            continue
+        number = keep.cumsum(0) - 1
+        alone = protocol(
+            torch.tensor([i for i, _ in chosen]),
+            column=torch.tensor([int(number[c]) for _, c in chosen]),
+            images=len(scores),
+        )
+        assert retrieval(scores, truth.only(keep)).summary() == retrieval(scores[:, keep], alone).summary()

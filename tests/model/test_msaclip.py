@@ -263,6 +263,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "fusion": "tower",
         "loss": {"fused_weight": 0, "match_weight": 0, "consistency_weight": 0},
     },
+    "regularised": {
+        "image_scales": [{"stage": 1, "pool": "max_avg"}, {"stage": 3, "pool": "max_avg"}],
+        "scale_inputs": {"norm": "batch", "dropout": 0.3},
+        "fusion_hidden": 31,
+    },
+    "layer norm": {"scale_inputs": {"norm": "layer"}, "fusion_hidden": 31},
     "one scale": {"image_scales": [{"stage": 3}]},
     "triplet": {"loss": {"global_term": "triplet"}},
     "triplet, fused at a fixed weight": {"loss": {"global_term": "triplet"}, "ranking": {"global_weight": 2.0}},

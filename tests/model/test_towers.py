@@ -16,10 +16,13 @@ from open_clip.model import _build_vision_tower
 from torch import Tensor, nn
 
 from msa_openclip.config import ImageScale
+from msa_openclip.config import ScaleInputs as ScaleInputsCfg
 from msa_openclip.model.towers import (
+    ChannelNorm,
     GatedScales,
     ImageScales,
     LearnedPool,
+    ScaleInputs,
     Stage,
     TowerPlusScales,
     image_stages,
@@ -287,6 +290,66 @@ def test_gated_scales_are_the_papers_global_feature() -> None:
     e = linear("embed", linear("project.0", pooled[0]) + linear("project.1", pooled[1]))
     expected = linear("out", e / (1 + torch.exp(-linear("gate", e))))
     torch.testing.assert_close(fusion(torch.full((2, 7), torch.nan), pooled), expected)
+
+
+def test_a_residual_mlp_reads_the_tower_and_all_scales_and_starts_at_zero() -> None:
+    fusion = TowerPlusScales([3, 5], 7, hidden=11, dropout=0.5).double().eval()
+    feature, pooled = torch.randn(2, 7).double(), [torch.randn(2, 3).double(), torch.randn(2, 5).double()]
+    assert torch.equal(fusion(feature, pooled), feature)
+    for parameter in fusion.parameters():
+        nn.init.normal_(parameter)
+    state = fusion.state_dict()
+    linear = TowerPlusScales([3, 5], 7).double()
+    linear.load_state_dict({key: value for key, value in state.items() if key.startswith("project.")})
+    normed = (feature - feature.mean(1, keepdim=True)) / (feature.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+    joined = torch.cat([normed * state["norm.weight"] + state["norm.bias"], *pooled], dim=1)
+    hidden = F.gelu(joined @ state["mlp.0.weight"].T + state["mlp.0.bias"])
+    expected = linear(feature, pooled) + hidden @ state["mlp.3.weight"].T + state["mlp.3.bias"]
+    torch.testing.assert_close(fusion(feature, pooled), expected)
+
+
+# ---- inputs of the learned maps
+
+
+def test_maximum_and_average_stand_side_by_side() -> None:
+    visual, image = tower("timm-RN"), torch.randn(2, 3, 64, 64)
+    pools = [ImageScales(visual, [ImageScale(stage=3, pool=pool)]) for pool in ("max", "avg", "max_avg")]  # type: ignore[arg-type]
+    (maximum,), (average,), (both,) = (reader(visual, image)[1] for reader in pools)
+    assert both.equal(torch.cat([maximum, average], dim=1))
+    assert pools[2].channels == [both.shape[1]] == [2 * maximum.shape[1]]
+
+
+def test_channel_norm_is_batch_norm_without_learned_parts() -> None:
+    ours, theirs = ChannelNorm(5).double(), nn.BatchNorm1d(5, momentum=0.05, affine=False).double()
+    for _ in range(3):
+        x = 30 * torch.randn(7, 5, dtype=torch.float64) + 11
+        torch.testing.assert_close(ours(x), theirs(x))
+    for name, value in theirs.state_dict().items():
+        if name != "num_batches_tracked":
+            torch.testing.assert_close(ours.state_dict()[name], value)
+    x = torch.randn(3, 5, dtype=torch.float64)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_channel_norm_in_low_precision_errs_by_rounding_alone(dtype: torch.dtype) -> None:
+    norm, x = ChannelNorm(5), (30 * torch.randn(7, 5) + 11).to(dtype)
+    expected = nn.BatchNorm1d(5, affine=False).double()(x.double())
+    for ours in (norm, norm.to(dtype)):
+        torch.testing.assert_close(ours(x), expected.to(dtype))
+    assert norm.eval()(x).dtype == dtype
+
+
+def test_scale_inputs_normalise_and_drop_in_training() -> None:
+    pooled = [100 * torch.rand(400, 3) + 5, torch.rand(400, 5) / 100]
+    inputs = ScaleInputs([3, 5], ScaleInputsCfg(norm="layer", dropout=0.25))
+    for z, found in zip(pooled, inputs.eval()(pooled), strict=True):
+        torch.testing.assert_close(found, F.layer_norm(z, z.shape[1:]))
+    dropped = torch.cat(inputs.train()(pooled), dim=1)
+    assert 0.2 < (dropped == 0).float().mean() < 0.3
+    plain = ScaleInputs([3, 5], ScaleInputsCfg()).train()
+    assert all(found.equal(z) for z, found in zip(pooled, plain(pooled), strict=True))
+    assert not plain.state_dict()
 
 
 # ---- tokens

@@ -17,7 +17,20 @@ from msa_openclip.model.msaclip import MSACLIP
 
 DIRECTORY = Path(__file__).parents[2] / "model_configs"
 BASES = {"MSA-ViT-B": "ViT-B-32", "MSA-ViT-B-16": "ViT-B-16", "MSA-ViT-L-14": "ViT-L-14", "MSA-RN50": "RN50"}
-BERT_MODELS = ("MSA-ResNet50-BERT", "MSA-ResNet18-BERT", "MSA-Swin-T-BERT")
+BERT_MODELS = {
+    **dict.fromkeys(("MSA-ResNet50-BERT", "MSA-ResNet18-BERT", "MSA-Swin-T-BERT"), "bert-base-uncased"),
+    "MSA-EfficientNetLite0-MiniLM": "sentence-transformers/all-MiniLM-L6-v2",
+}
+"""Models with a text tower of Hugging Face's BERT kind, and which."""
+SIZES: dict[str, dict[str, int]] = {
+    "bert-base-uncased": {},
+    "sentence-transformers/all-MiniLM-L6-v2": {
+        "hidden_size": 384,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    },
+}
+"""Of the text towers, where they differ from Hugging Face's default configuration."""
 NAMES = sorted(path.stem for path in DIRECTORY.glob("*.json"))
 
 
@@ -27,13 +40,14 @@ def shipped(name: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def bert_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Configuration of bert-base-uncased, Hugging Face's default one, with one layer and few words."""
+def berts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Configurations of the text towers by name, with one layer and few words."""
     from transformers import BertConfig
 
-    directory = tmp_path_factory.mktemp("bert-base")
-    BertConfig(num_hidden_layers=1, vocab_size=11).save_pretrained(directory)
-    return directory
+    directories = {name: tmp_path_factory.mktemp("bert") for name in SIZES}
+    for name, directory in directories.items():
+        BertConfig(num_hidden_layers=1, vocab_size=11, **SIZES[name]).save_pretrained(directory)
+    return directories
 
 
 def device_of(name: str) -> str:
@@ -42,13 +56,13 @@ def device_of(name: str) -> str:
 
 
 @pytest.fixture
-def model(name: str, bert_base: Path) -> MSACLIP:
+def model(name: str, berts: dict[str, Path]) -> MSACLIP:
     """The shipped model, in its full geometry on the meta device, which has shapes and graphs but no memory."""
     settings = copy.deepcopy(shipped(name))
     assert settings.pop("custom_text") is True
     if name in BERT_MODELS:
-        assert settings["text_cfg"]["hf_model_name"] == "bert-base-uncased"
-        settings["text_cfg"] |= {"hf_model_name": str(bert_base), "hf_model_pretrained": False}
+        assert settings["text_cfg"]["hf_model_name"] == BERT_MODELS[name]
+        settings["text_cfg"] |= {"hf_model_name": str(berts[BERT_MODELS[name]]), "hf_model_pretrained": False}
     with torch.device(device_of(name)):
         return MSACLIP(**settings)
 
@@ -105,6 +119,7 @@ CHANNELS = {
     "MSA-ResNet50-BERT": [256, 512, 1024, 2048],
     "MSA-ResNet18-BERT": [64, 128, 256, 512],
     "MSA-Swin-T-BERT": [96, 192, 384, 768],
+    "MSA-EfficientNetLite0-MiniLM": [48, 80, 224, 640],
 }
 
 

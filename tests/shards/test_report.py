@@ -51,6 +51,37 @@ def test_counts_are_those_of_the_data_in_both_layouts(shards: str, tmp_path: Pat
     assert content["same_images"] == {"within": 0, "across": 1, "groups": [["train/1", "val/3"]]}
 
 
+@pytest.mark.parametrize("layout", ["image", "pair"])
+def test_what_splits_share_is_counted_and_warned_of(shards: str, tmp_path: Path, layout: str) -> None:
+    """Each image has the caption "the same" and one of its own; image 3 of val is image 1 of train."""
+    build(shards, str(tmp_path / layout), options=BuildOptions(layout=layout, read=ReadOptions(kind="tar")))
+    found = report([str(tmp_path / layout)])
+    content = found.content
+    shown = page(found)
+    assert "<h2>Captions and images that splits share</h2>" in shown
+    assert "<b>Warning:</b> 50% of the captions of val stand in train" in shown
+    assert content["shared"] == [
+        {"split": "val", "of": "train", "captions": 4, "images": 1, "captions_share": 0.5, "images_share": 0.25}
+    ]
+    printed = text(content)
+    assert "val in train: 4 captions (50.0%), 1 images (25.0%)" in printed
+    assert "warning: 50% of the captions of val stand in train; `msa-openclip eval --train-captions` rates" in printed
+    assert "warning: 25% of the images of val stand in train; leave them out of one of the two" in printed
+
+
+def test_case_hides_no_shared_caption_and_few_are_no_warning(tmp_path: Path) -> None:
+    source = karpathy(tmp_path / "in", {"train": 3, "test": 6}, captions=2)
+    content = json.loads(source.read_text())
+    content["images"][5]["sentences"][0]["raw"] = content["images"][0]["sentences"][1]["raw"].upper() + "  "
+    source.write_text(json.dumps(content))
+    build(str(source), str(tmp_path / "out"), images=str(tmp_path / "in/images"))
+    found = report([str(tmp_path / "out")]).content
+    assert found["shared"] == [
+        {"split": "test", "of": "train", "captions": 1, "images": 0, "captions_share": 1 / 12, "images_share": 0.0}
+    ]
+    assert "warning" not in text(found)
+
+
 def test_two_data_sets_are_compared(shards: str, tmp_path: Path) -> None:
     Path(shards).rename(tmp_path / "first")
     source = karpathy(tmp_path / "other", {"test": 2})  # the same two pictures as 0 and 1 of the first
@@ -159,6 +190,8 @@ def test_real_ucm_shows_its_known_duplicates(tmp_path: Path) -> None:
     content = report([str(tmp_path / "out")]).content
     assert content["splits"]["test"]["unique_captions"] == 377
     assert content["same_images"]["groups"] == [["train/102", "train/103"]]
+    shares = {row["split"]: row["captions_share"] for row in content["shared"] if row["of"] == "train"}
+    assert shares == pytest.approx({"val": 0.63, "test": 0.55}, abs=0.01)
     assert sum(row["images"] - row["sizes"]["256x256"] for row in content["splits"].values()) == 44
 
 

@@ -265,6 +265,14 @@ def test_the_default_terms_are_the_global_and_the_fused_one() -> None:
     assert terms["fused_loss"].equal(both["fused_loss"])
 
 
+def test_match_scores_may_weigh_more_in_training_than_in_the_ranking() -> None:
+    def fused_loss(ranking: float, trained: float | None) -> float:
+        settings = SMALL | {"ranking": {"match_weight": ranking}, "loss": {"fused_match_weight": trained}}
+        return MSALoss(MSACfg.from_dict(settings))(**small_output(), output_dict=True)["fused_loss"].item()
+
+    assert fused_loss(0.25, 2.0) == fused_loss(2.0, None) != fused_loss(0.25, None)
+
+
 def test_permuting_the_batch_changes_nothing() -> None:
     output, order = small_output(), torch.tensor([3, 0, 4, 1, 2])
     permuted = {key: x[order] if x.ndim else x for key, x in output.items()}
