@@ -19,7 +19,7 @@ class EvalDataError(ValueError):
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """One image of an evaluation set and all that is said about it."""
+    """One image with its captions, class and metadata."""
 
     image_id: str
     location: Location
@@ -29,4 +29,4 @@ class CaptionedImage:
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """What else shards know of it: `geo` (crs, bounds, gsd_m), `meta`."""
     content: str = field(default="", compare=False)
-    """What tells this image from others of its name, and from a later version of itself; empty where nobody looked."""
+    """What tells this image from others of its name, and from a later version of itself; empty if not computed."""

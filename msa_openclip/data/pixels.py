@@ -1,4 +1,4 @@
-"""From the places of images to pixels: decoded as shards would hold them, preprocessed, in batches."""
+"""Decodes images from their locations as shards would hold them, preprocesses and batches them."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def _seekable(url: str) -> Iterator[tuple[IO[bytes], str]]:
     """A shard to seek in, and where its images can be read later.
 
     A stream is copied to a temporary file for as long as this lasts; what a command puts out, until the process ends,
-    because nobody could ask the command for one image.
+    because a command cannot be asked for one image later.
     """
     with open_shard(url) as stream:
         if isinstance(stream, io.BufferedReader) and stream.seekable():
@@ -231,7 +231,9 @@ def read_csv(path: str, image_key: str, caption_key: str, separator: str = "\t")
 
 
 def read_folder(folder: str) -> list[CaptionedImage]:
-    """All images below a folder, also GeoTIFFs, known by their path; without captions.
+    """All images below a folder, also GeoTIFFs, with their path as id and without captions.
+
+        images = read_folder("tiles")
 
     Raises:
         EvalDataError: there is none.

@@ -207,7 +207,7 @@ def _has_cache() -> bool:
 
 @functools.cache
 def _copy_if_there(url: str, folder: str) -> str:
-    """As `_cached`, found once: nobody wants to ask the store for every image of a shard whether there is a new one."""
+    """As `_cached`, but looked up once: asking the store anew for each image of a shard would be slow."""
     return _cached(url, Path(folder), fill=False)
 
 

@@ -63,6 +63,10 @@ def evaluate(
 ) -> Evaluation:
     """Rank every image for every caption and the other way round.
 
+        data = EvalSet(read_shards("ucm/test-{000000..000003}.tar"), "UCM test")
+        evaluation = evaluate(model.scorer, data, model.preprocess, model.tokenizer)
+        print(evaluation.summaries()["fused"]["mR"])
+
     Args:
         scorer: the model.
         data: the images and captions.

@@ -184,7 +184,7 @@ def _tokenizer_options(config: Mapping[str, Any], trust_remote_code: bool) -> di
 
 @contextmanager
 def _no_foreign_code(*, allowed: bool) -> Iterator[None]:
-    """While a model is built: checkpoints are weights alone, and transformers asks nobody whether code may run.
+    """While a model is built: checkpoints are read as weights alone, and transformers cannot ask whether code may run.
 
     open_clip 3.3 falls back to a load without `weights_only` after a TypeError, which a crafted pickle can raise.
     """

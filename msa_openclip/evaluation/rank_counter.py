@@ -1,4 +1,4 @@
-"""Exact ranks from tiles of scores, so that the whole matrix of images x texts never has to exist.
+"""Counts exact ranks from tiles of scores, so that the matrix of images x texts is never held whole.
 
 The best right answer of every query is known first; then each tile only adds how many wrong answers stand above it and
 beside it.  Shapes: I images, C score columns (distinct texts), P right (image, column) pairs, Q text queries.

@@ -23,7 +23,7 @@ from ..pair_scores.formula import ImageSide, TextSide
 
 
 def main_ranking(rankings: Collection[str]) -> str:
-    """The ranking that speaks for a model: fused, where there is one."""
+    """The ranking by which a model is compared: fused if it has one, else global."""
     return "fused" if "fused" in rankings else "global"
 
 
@@ -133,7 +133,7 @@ class Scorer:
 
     @property
     def main_ranking(self) -> str:
-        """The one that speaks for the model."""
+        """The ranking by which the model is compared."""
         return main_ranking(self.rankings)
 
     def images(self, pixels: Tensor) -> EncodedImages:

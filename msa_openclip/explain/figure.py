@@ -1,4 +1,4 @@
-"""An explanation as a picture: where each scale looked, and what each word gave."""
+"""An explanation as a figure: the positions each scale pooled from, and the contribution of each word."""
 
 from __future__ import annotations
 

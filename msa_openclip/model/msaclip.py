@@ -38,7 +38,7 @@ _ARCHIVE_KEYS = ("input_resolution", "context_length", "vocab_size")
 
 
 class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
-    """A CLIP model whose image tower speaks at several scales and whose MSCMAT scores pairs at each of them.
+    """A CLIP model with pooled image vectors at several scales, and MSCMAT to score pairs at each of them.
 
     Built by `open_clip.create_model` for every model configuration with the key `msa_cfg`.
 

@@ -1,4 +1,4 @@
-"""How a function of open_clip is replaced, or run with another global, so that nobody else sees the change."""
+"""Replaces a function of open_clip wherever it was imported, or runs a copy of it with one other global."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def replace(module: ModuleType, name: str, replacement: Callable[..., Any]) -> N
 
 
 def with_global(function: FunctionType, name: str, value: object) -> Callable[..., Any]:
-    """`function` reading `value` as its global `name`; nobody else sees the change."""
+    """A copy of `function` whose global `name` is `value`; the original is unchanged."""
     code, defaults, closure = function.__code__, function.__defaults__, function.__closure__
     copy = FunctionType(code, {**function.__globals__, name: value}, function.__name__, defaults, closure)
     copy.__kwdefaults__ = function.__kwdefaults__

@@ -48,8 +48,8 @@ class ModelResult:
 
     def rankings(self, protocol: str) -> dict[str, dict[str, float]]:
         """Metrics by ranking, of `metrics`, `merged` or a part of the captions."""
-        found: dict[str, dict[str, float]] = self.parts.get(protocol) or getattr(self, protocol)
-        return found
+        retrievals: dict[str, dict[str, float]] = self.parts.get(protocol) or getattr(self, protocol)
+        return retrievals
 
     @property
     def main_ranking(self) -> str:

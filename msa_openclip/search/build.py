@@ -68,6 +68,8 @@ def build_index(
 ) -> int:
     """Add images to an index, making it if there is none; returns how many were new to it.
 
+        build_index(load("MSA-ViT-B=epoch_9.pt"), read_folder("tiles"), "tiles.index")
+
     Interrupted, the same call goes on where it stopped.  Images that cannot be read are left out, and the log names
     them.  Ranks of a distributed run each build their share; rank 0 waits for the segments of the others and puts down
     index.json.  An image is known by its id and its content: two sets may use the same names.

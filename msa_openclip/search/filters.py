@@ -30,16 +30,16 @@ class SearchFilter:
 
     def __call__(self, filter_fields: NDArray[np.void]) -> NDArray[np.bool_]:
         """Which images may be found, (n,) of `ImageIndex.facts`."""
-        found = np.ones(len(filter_fields), dtype=np.bool_)
+        allowed = np.ones(len(filter_fields), dtype=np.bool_)
         if self.classes:
-            found &= np.isin(filter_fields["label"], list(self.classes))
+            allowed &= np.isin(filter_fields["label"], list(self.classes))
         if self.box:
             west, south, east, north = filter_fields["bounds"].T  # NaN, where nothing is known, compares as false
-            found &= (west <= self.box[2]) & (east >= self.box[0]) & (south <= self.box[3]) & (north >= self.box[1])
+            allowed &= (west <= self.box[2]) & (east >= self.box[0]) & (south <= self.box[3]) & (north >= self.box[1])
         if self.since or self.until:
-            found &= filter_fields["date"] != ""
+            allowed &= filter_fields["date"] != ""
         if self.since:
-            found &= filter_fields["date"] >= self.since
+            allowed &= filter_fields["date"] >= self.since
         if self.until:
-            found &= filter_fields["date"].astype(f"U{len(self.until)}") <= self.until
-        return found
+            allowed &= filter_fields["date"].astype(f"U{len(self.until)}") <= self.until
+        return allowed

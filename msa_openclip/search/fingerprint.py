@@ -25,7 +25,7 @@ _SHAPES_NO_WEIGHT = ("num_heads", "n_head", "eps", "approximate", "stride", "pad
 
 
 def fingerprint(scorer: Scorer) -> str:
-    """SHA-256 over all weights by name, so that an index is asked by the model that built it."""
+    """SHA-256 over all weights by name, so that an index answers only the model that built it."""
     return digest(scorer.model.state_dict())
 
 

@@ -1,4 +1,4 @@
-"""An index, opened: vectors mapped from disk, records parsed when they are asked for.
+"""An opened index: vectors memory-mapped, records parsed on access.
 
 Shapes: n rows, S scales, D width of MSCMAT, E embed_dim.
 """

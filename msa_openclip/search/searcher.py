@@ -33,7 +33,7 @@ class Hit:
     """One answer."""
 
     score: float
-    """What the answers are ordered by: fused, or the cosine where no text is asked."""
+    """The score that orders the hits: fused, or the cosine in image-to-image search."""
     cosine: float
     match: tuple[float, ...]
     """MSCMAT's score of each scale, shallow to deep; empty without MSCMAT and between images."""
@@ -43,6 +43,9 @@ class Hit:
 
 class Searcher:
     """Answers queries from an index.
+
+        searcher = Searcher(ImageIndex("tiles.index", model))
+        hits = searcher.by_text(["many planes beside a terminal"], k=5)[0]
 
     Args:
         index: the opened index.

@@ -1,4 +1,4 @@
-"""What ranks tell each other: features and image sides joined over ranks, scores dealt out to those that rank them."""
+"""Gathers features and image sides from all ranks, and sends each rank the scores of its own rows, with gradients."""
 
 from __future__ import annotations
 

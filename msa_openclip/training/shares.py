@@ -1,4 +1,4 @@
-"""Who reads what: shards, the number of samples in each, and the part of them that falls to one worker of one rank."""
+"""Assigns shards, or ranges of their samples, to the loader workers of each rank, so that no sample is read twice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Share(NamedTuple):
 
 
 class LoaderWorker(NamedTuple):
-    """One DataLoader worker of one rank."""
+    """One DataLoader worker of one rank, among all that read an epoch."""
 
     rank: int = 0
     ranks: int = 1

@@ -60,7 +60,7 @@ def retrieval_metrics(model: nn.Module, args: Any, tokenizer: Any = None) -> dic
     inner = unwrapped(model)
     inner.eval()
     transform = image_transform_v2(PreprocessCfg(**inner.visual.preprocess_cfg), is_train=False)
-    found = evaluate(
+    evaluation = evaluate(
         Scorer(inner, args.precision),
         _data(args),
         transform,
@@ -68,7 +68,7 @@ def retrieval_metrics(model: nn.Module, args: Any, tokenizer: Any = None) -> dic
         EvalOptions(batch_size=args.batch_size, workers=args.workers),
         _peers(args),
     )
-    return record(found)
+    return record(evaluation)
 
 
 def _peers(args: Any) -> Peers:
@@ -80,13 +80,13 @@ def _data(args: Any) -> EvalSet:
     return _validation_set(*keys, _peers(args))
 
 
-def record(found: Evaluation) -> dict[str, float]:
+def record(evaluation: Evaluation) -> dict[str, float]:
     """The flat record of an evaluation: everything of the main rankings, mR of those with one scale alone."""
     metrics: dict[str, float] = {}
-    for ranking, summary in found.summaries().items():
+    for ranking, summary in evaluation.summaries().items():
         short = {"mR": summary["mR"]} if "_scale" in ranking else summary
         metrics |= {f"retrieval_{ranking}_{name}": value for name, value in short.items()}
-    for ranking, summary in found.summaries(merged=True).items():
+    for ranking, summary in evaluation.summaries(merged=True).items():
         if "_scale" not in ranking:
             metrics[f"retrieval_{ranking}_merged_mR"] = summary["mR"]
     return metrics
@@ -123,8 +123,8 @@ def _validation_set(
 ) -> EvalSet:
     """Read once, used after every epoch."""
     with failing_together(peers):
-        found = read_csv(val_data, image_key, caption_key, separator) if is_csv else read_shards(val_data)
-    images = _readable(found, peers)
+        everything = read_csv(val_data, image_key, caption_key, separator) if is_csv else read_shards(val_data)
+    images = _readable(everything, peers)
     if not images:
         raise EvalDataError(f"{val_data}: no image can be read; the log names them with their reasons.")
     data = EvalSet(images, val_data)

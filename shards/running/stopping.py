@@ -13,7 +13,7 @@ _running = threading.local()
 
 
 class Stopped(SystemExit):
-    """Raised in a job that is to end; a worker process, where nobody catches it, ends with it."""
+    """Raised in a job that is to end; uncaught, it ends the worker process."""
 
 
 def call_until(stopping: threading.Event, work: Callable[[Job], Result], job: Job) -> Result:
@@ -29,7 +29,7 @@ def check() -> None:
     """Between two samples of a job.
 
     Raises:
-        Stopped: nobody waits for the job any more.
+        Stopped: the job was cancelled.
     """
     stopping: threading.Event | None = getattr(_running, "stopping", None)
     if stopping is not None and stopping.is_set():

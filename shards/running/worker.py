@@ -63,7 +63,7 @@ class Worker:
         self._process.terminate()
 
     def close(self) -> None:
-        """Wait until it has; one that is deaf is killed."""
+        """Wait until the process has ended; kill it if it does not."""
         try:
             self._process.wait(_PATIENCE_S)
         except subprocess.TimeoutExpired:

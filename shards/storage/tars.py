@@ -60,7 +60,7 @@ def image_of(parts: Mapping[str, Part]) -> Part | None:
 
 
 def read_member(file: IO[bytes], member: Member) -> bytes:
-    """The bytes of a member; the file stays where it was, for who reads on.
+    """The bytes of a member; restores the position of the file.
 
     Raises:
         tarfile.ReadError: it is larger than MOST_IMAGE_BYTES, for other than images MOST_TEXT_BYTES, or cut short.
@@ -87,7 +87,7 @@ def require_readable(name: str, size: int) -> None:
 
 
 class BlockSums:
-    """CRC-32 of every mebibyte of what goes by, so that damage can be placed later."""
+    """CRC-32 of every mebibyte added, so that damage can be located later."""
 
     def __init__(self) -> None:
         self.sums: list[int] = []
