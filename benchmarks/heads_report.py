@@ -26,12 +26,14 @@ Row = tuple[str, str]
 """Setting and ranking."""
 PAIRS: list[tuple[Row, Row]] = [
     (("clip-views", "global"), ("clip", "global")),
+    (("scales-mlp", "global"), ("clip", "global")),
     (("clip-mlp", "global"), ("clip-views", "global")),
     (("scales-mlp", "global"), ("clip-views", "global")),
     (("scales-mlp", "global"), ("clip-mlp", "global")),
     (("scales-mlp", "global"), ("clip-mlp-head", "global")),
     (("scales-mlp", "global"), ("scales-mlp-head", "global")),
     (("match-mlp", "global"), ("scales-mlp", "global")),
+    (("match-mlp", "fused 0.25"), ("scales-mlp", "global")),
     *(((name, way), (name, "global")) for name in ("match-mlp", "match-mlp-head") for way in WAYS),
 ]
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

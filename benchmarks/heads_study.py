@@ -19,10 +19,11 @@ No epoch is chosen: the last is rated.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
+import statistics
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -264,7 +265,9 @@ def train(features: Features, rows: Rows, setting: Setting, seed: int, on: str) 
         optimizer,
         lambda s: min(1.0, (s + 1) / warm) if s < warm else (1 + math.cos(math.pi * (s - warm) / (steps - warm))) / 2,
     )
-    for batch in shuffled(rows, size, epochs, rng):
+    for batch in batches(
+        np.concatenate([rng.permutation(rows)[: steps // epochs * size] for _ in range(epochs)]), size
+    ):
         views = rng.integers(setting.views, size=size)
         captions = np.array([rng.choice(features.captions[row]) for row in batch])
         loss = training_loss(features, heads, batch, captions, views)
@@ -275,12 +278,6 @@ def train(features: Features, rows: Rows, setting: Setting, seed: int, on: str) 
         schedule.step()
         heads.logit_scale.data.clamp_(0, math.log(100))
     return heads.eval()
-
-
-def shuffled(rows: Rows, size: int, epochs: int, rng: np.random.Generator) -> Iterator[Rows]:
-    """Full batches of each epoch's own order."""
-    for _ in range(epochs):
-        yield from batches(rng.permutation(rows)[: len(rows) // size * size], size)
 
 
 @torch.no_grad()
@@ -313,20 +310,17 @@ def main() -> None:
     torch.set_num_threads(1)  # runs are then repeatable
     torch.set_flush_denormal(True)
     features = Features(args.cache)
-    for name in args.only:
-        for on in args.on:
-            for seed in args.seeds:
-                rows, rated = protocol(features, on, seed)
-                heads = train(features, rows, SETTINGS[name], seed, on)
-                recalls = {key: [rate(features, heads, data) for data in folds] for key, folds in rated.items()}
-                means = {
-                    key: {ranking: round(float(np.mean([fold[ranking] for fold in folds])), 3) for ranking in folds[0]}
-                    for key, folds in recalls.items()
-                }
-                line = {"setting": name, "on": on, "seed": seed, "mR": means, "command": " ".join(sys.argv)}
-                with args.results.open("a") as file:
-                    print(json.dumps(line), file=file)
-                print(name, on, seed, json.dumps(means), flush=True)
+    for name, on, seed in itertools.product(args.only, args.on, args.seeds):
+        rows, rated = protocol(features, on, seed)
+        heads = train(features, rows, SETTINGS[name], seed, on)
+        recalls = {}
+        for key, galleries in rated.items():
+            by_gallery = [rate(features, heads, data) for data in galleries]
+            recalls[key] = {way: round(statistics.fmean(r[way] for r in by_gallery), 3) for way in by_gallery[0]}
+        line = {"setting": name, "on": on, "seed": seed, "mR": recalls, "command": " ".join(sys.argv)}
+        with args.results.open("a") as file:
+            print(json.dumps(line), file=file)
+        print(name, on, seed, json.dumps(recalls), flush=True)
 
 
 if __name__ == "__main__":
