@@ -35,11 +35,12 @@ from heads_cache import HEAD, STAGES, TEXT, batches
 from torch import Tensor, nn
 
 from msa_openclip.config import Loss, Ranking, Score
+from msa_openclip.config import ScaleInputs as ScaleInputsCfg
 from msa_openclip.evaluation.evaluate import TIE
 from msa_openclip.evaluation.metrics import GroundTruth
 from msa_openclip.evaluation.rank_counter import retrieval
 from msa_openclip.model.mscmat import MSCMAT, fused_scores, match_scores
-from msa_openclip.model.towers import TowerPlusScales
+from msa_openclip.model.towers import ScaleInputs, TowerPlusScales
 from msa_openclip.pair_scores.formula import ImageSide, TextSide
 from msa_openclip.training.loss import ScoreBlock, contrastive_term, fused_term
 
@@ -180,9 +181,7 @@ class Heads(nn.Module):
         super().__init__()
         self.setting = setting
         channels = [*(count * (1 + (setting.pool == "max_avg")) for count in STAGES), HEAD]
-        norms = {"none": nn.Identity, "layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
-        options = {"none": {}, "layer": {"elementwise_affine": False}, "batch": {"affine": False, "momentum": 0.05}}
-        self.norms = nn.ModuleList(norms[setting.norm](count, **options[setting.norm]) for count in channels)
+        self.norm = ScaleInputs(channels, ScaleInputsCfg(norm=setting.norm))  # dropout: drawn for each use
         self.tower, self.text = nn.Linear(HEAD, EMBED, bias=False), nn.Linear(TEXT, EMBED, bias=False)
         scales = channels[:4] if setting.scales else []
         self.fusion = TowerPlusScales(scales, EMBED)
@@ -199,7 +198,7 @@ class Heads(nn.Module):
     def image(self, pooled: list[Tensor]) -> tuple[Tensor, ImageSide | None]:
         """Vectors of stages and head -> normalised global features (I, E) and MSCMAT's image side."""
         setting = self.setting
-        normed = [norm(vector) for norm, vector in zip(self.norms, pooled, strict=True)]
+        normed = self.norm(pooled)
         *stages, head = (self._drop(vector) for vector in normed)
         stages = stages if setting.scales else []
         own = self.tower(self._drop(pooled[-1]) if setting.mlp == "tower" else head)
