@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import torch
+from host import MAKES_LOSS
 from on_cpu_ranks import OnCPU
 
 
@@ -18,10 +19,11 @@ def main(file: str, arguments: list[str]) -> Any:
     torch.nn.parallel.DistributedDataParallel = OnCPU  # type: ignore[misc]
     import open_clip_train.main as training
 
-    create_loss = training.create_loss
+    make = getattr(training, MAKES_LOSS)
 
-    def create_loss_and_listen(args: Any) -> Any:
-        loss = create_loss(args)
+    def make_and_listen(*args: Any, **kwargs: Any) -> Any:
+        made = make(*args, **kwargs)
+        loss = getattr(made, "loss", made)  # of a task
 
         def listen(_module: Any, _inputs: Any, terms: Any) -> None:
             if os.environ.get("RANK", "0") == "0":
@@ -29,9 +31,9 @@ def main(file: str, arguments: list[str]) -> Any:
                     out.write(f"{float(sum(value.double() for value in terms.values()))!r}\n")
 
         loss.register_forward_hook(listen)
-        return loss
+        return made
 
-    training.create_loss = create_loss_and_listen
+    setattr(training, MAKES_LOSS, make_and_listen)
     return training.main(arguments)
 
 
