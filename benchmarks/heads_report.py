@@ -88,6 +88,7 @@ def main() -> None:
             {key: difference(recalls[one].get(key, {}), recalls[other].get(key, {})) for key in PROTOCOLS},
         )
         for one, other in PAIRS
+        if one in recalls and other in recalls
     ]
     print(table("difference", differences))
 
