@@ -104,18 +104,25 @@ def extend_train_data(data: ModuleType) -> None:
         from ..training import loader
 
         given, host = signature.bind(args, *positional, **named).arguments, installed()
-        if args.train_data and not given["is_train"]:
-            from ..training.validation import prepare
-
-            prepare(args, is_msa=is_msa)
         option = host.reads_itself(args, given.get("naflex_data_config"))
         if option is not None:
             loader.require_one_caption_a_sample(args, given["is_train"], option)
-            return original(args, *positional, **named)
-        ours = inspect.signature(loader.get_wds_dataset).parameters
+            batches = original(args, *positional, **named)
+        else:
+            batches = ours(args, given, host)
+        if args.train_data and not given["is_train"]:
+            from ..training.validation import prepare
+
+            prepare(args, is_msa=is_msa)  # before an epoch is spent; after the loader has said what it cannot use
+        return batches
+
+    def ours(args: Any, given: dict[str, Any], host: Any) -> Any:
+        from ..training import loader
+
+        known = inspect.signature(loader.get_wds_dataset).parameters
         tokenizer = given.get("tokenizer")
         return loader.get_wds_dataset(
-            **{name: value for name, value in given.items() if name in ours},
+            **{name: value for name, value in given.items() if name in known},
             batches=host.batches(args, tokenizer),
             reorder=functools.partial(host.reorder, args, tokenizer),
         )

@@ -75,7 +75,7 @@ WRONG = [
     (["classify", "m=w", "--folder", "f", "--templates", "a"], "template 'a' has no {} to put the class name in"),
     (["best", "run"], "one of the arguments --shards --captions is required"),
     (["card", "run"], "the following arguments are required: --eval"),
-    (["index", "m=w", "i"], "one of the arguments --shards --folder is required"),
+    (["index", "m=w", "i"], "one of the arguments --shards --folder --scenes --stac is required"),
     (["index", "m=w", "i", "--folder", "f", "--segment-images", "-5"], "'-5' is not a whole number of at least 1"),
     (["search", "i"], "give either texts, or images with --like or --describe"),
     (["search", "i", "text", "--like", "x.jpg"], "give either texts, or images"),

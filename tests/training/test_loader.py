@@ -35,6 +35,8 @@ def dataset(pattern: str, *, is_train: bool = True, **changes: Any) -> DataInfo:
     """By the name under which open_clip_train looks it up."""
     get = open_clip_train.data.get_dataset_fn(pattern, "webdataset")
     args = arguments(pattern, **changes)
+    if not is_train:
+        args.train_data = None  # validation alone: before a training, all of it is read once more for the metrics
     return get(args, stream_data.image_number, is_train=is_train, tokenizer=stream_data.caption_numbers)
 
 
