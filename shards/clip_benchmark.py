@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from contextlib import suppress
 
@@ -16,19 +17,41 @@ def link_for_clip_benchmark(folder: str, out: str) -> str:
     Returns:
         The `--dataset` argument under which CLIP_benchmark finds it.
     Raises:
-        ShardError: the layout is `pair`, whose captions CLIP_benchmark would take for images of their own.
+        ShardError: the layout is `pair`, whose captions CLIP_benchmark would take for images of their own; OUT and the
+            shards lie in one another; or a file of somebody else stands where a shard would come.
     """
     content = manifest.read(folder)
     if content["layout"] != "image":
         raise ShardError(f"{folder}: layout {content['layout']}; CLIP_benchmark wants layout image: reshard it first.")
-    for split in content["splits"]:
+    if store.overlap(folder, out):
+        raise ShardError(
+            f"{out}: is the folder of the shards, lies in it or holds it; choose a folder apart from {folder}."
+        )
+    rows = {split: [row for row in content["shards"] if row["split"] == split] for split in content["splits"]}
+    for split, shards in rows.items():
+        for index, row in enumerate(shards):
+            _require_ours(store.join(out, f"{split}/{index}.tar"), row["sha256"], folder)
+    for split, shards in rows.items():
         store.make_folder(store.join(out, split))
-        files = [row["file"] for row in content["shards"] if row["split"] == split]
-        for index, file in enumerate(files):
-            _link(store.join(folder, file), store.join(out, f"{split}/{index}.tar"))
-        store.write_bytes(store.join(out, f"{split}/nshards.txt"), str(len(files)).encode())
+        for index, row in enumerate(shards):
+            _link(store.join(folder, row["file"]), store.join(out, f"{split}/{index}.tar"))
+        store.write_bytes(store.join(out, f"{split}/nshards.txt"), str(len(shards)).encode())
     store.write_bytes(store.join(out, "dataset_type.txt"), b"retrieval")
     return f"wds/{store.base_name(out)}"
+
+
+def _require_ours(target: str, sha256: str, folder: str) -> None:
+    """Raise ShardError if `target` exists and is not the shard that would replace it."""
+    if not store.exists(target):
+        return
+    digest = hashlib.sha256()
+    with store.open_read(target) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    if digest.hexdigest() != sha256:
+        raise ShardError(
+            f"{target}: is there already and is not the shard of {folder}; move it, or choose another folder."
+        )
 
 
 def _link(source: str, target: str) -> None:

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..shards.records import ShardError
+from ..shards.storage import store
+
 SCALES = (1, 2, 3, 4)
 RESNET = ("conv1.", "bn1.", *(f"layer{s}." for s in SCALES))
 BERT = ("embeddings.", "encoder.")
@@ -120,7 +123,16 @@ def convert_checkpoint(source: Path, target: Path) -> int:
 
 def _read(source: Path) -> dict[str, Tensor]:
     """The state dict in a checkpoint, which may have it under a key of its own."""
-    content: Any = torch.load(source, map_location="cpu", weights_only=True)
+    try:
+        with store.open_regular(str(source)) as file:
+            content: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except (ShardError, FileNotFoundError, IsADirectoryError, PermissionError):
+        raise  # they name the file
+    except Exception as error:  # torch and pickle raise nearly everything for one broken file or another
+        raise ConversionError(
+            f"{source}: no checkpoint that can be read as weights alone ({type(error).__name__}). Give the file "
+            "that the released code has saved."
+        ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..data.streams import read_if_there
+from ..data.small_files import parse_json
+from ..data.streams import StreamError, read_if_there
 from ..model.cached import CachedImages, CachedTexts, FeatureError, Source
 from ..shards.storage import store
 
@@ -70,11 +71,14 @@ def read_header(folder: str) -> Header | None:
         FeatureError: it is damaged, or of another format.
     """
     path = store.join(folder, HEADER)
-    content = read_if_there(path)
+    try:
+        content = read_if_there(path)
+    except StreamError:
+        return None  # whoever reads the shards of this store next meets the same failure, and names the shard
     if content is None:
         return None
     try:
-        fields = json.loads(content)
+        fields = parse_json(content, path)
         version = fields.pop("format")
         if version == FORMAT:
             return Header(**fields)

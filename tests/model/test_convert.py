@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -210,3 +211,21 @@ def test_the_command_refuses_what_is_no_state_dict(tmp_path: Path, capsys: pytes
     assert cli.main(["convert", str(tmp_path / "odd.pth"), str(tmp_path / "out.pt")]) == 1
     assert f"{tmp_path / 'odd.pth'} holds no state dict" in capsys.readouterr().err
     assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04cut", b"[" * 100])
+def test_what_is_no_checkpoint_is_named_on_one_line(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.pth").write_bytes(content)
+    assert cli.main(["convert", str(tmp_path / "x.pth"), str(tmp_path / "out.pt")]) == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/x.pth: no checkpoint that can be read as weights alone" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "x.pth")
+    assert cli.main(["convert", str(tmp_path / "x.pth"), str(tmp_path / "out.pt")]) == 1
+    assert "x.pth" in capsys.readouterr().err

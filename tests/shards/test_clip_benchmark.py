@@ -45,3 +45,20 @@ def test_pair_shards_are_refused(shards: Path, tmp_path: Path, capsys: pytest.Ca
     assert main(["reshard", str(shards), str(tmp_path / "pair"), "--layout", "pair", "--quiet", "--workers", "1"]) == 0
     assert main(["clip-benchmark", str(tmp_path / "pair"), str(tmp_path / "bench")]) == 1
     assert "layout pair; CLIP_benchmark wants layout image: reshard it first" in capsys.readouterr().err
+
+
+def test_no_file_of_somebody_else_is_replaced(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bench/test").mkdir(parents=True)
+    (tmp_path / "bench/test/0.tar").write_bytes(b"precious")
+    assert main(["clip-benchmark", str(shards), str(tmp_path / "bench")]) == 1
+    assert "bench/test/0.tar: is there already and is not the shard of" in capsys.readouterr().err
+    assert (tmp_path / "bench/test/0.tar").read_bytes() == b"precious"
+    assert not (tmp_path / "bench/train").exists()
+
+
+@pytest.mark.parametrize("where", ["", "inside"])
+def test_shards_are_not_laid_out_among_themselves(shards: Path, where: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(path.name for path in shards.rglob("*"))
+    assert main(["clip-benchmark", str(shards), str(shards / where)]) == 1
+    assert "choose a folder apart from" in capsys.readouterr().err
+    assert sorted(path.name for path in shards.rglob("*")) == before
