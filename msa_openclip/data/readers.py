@@ -206,13 +206,13 @@ def read_csv(path: str, image_key: str, caption_key: str, separator: str = "\t")
     """Images of an open_clip CSV, a line per caption; lines with the same image path belong together.
 
     Raises:
-        EvalDataError: a column is missing.
+        EvalDataError: a column is missing or there twice, a row lacks a field, or a stray quote takes in other rows.
     """
     found: dict[str, list[str]] = {}
     try:
         require_regular(path)
         with open(path, newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file, delimiter=separator)
+            rows = csv.DictReader(file, delimiter=separator, strict=True)
             names = list(rows.fieldnames or ())
             for name in (image_key, caption_key):
                 if names.count(name) != 1:
@@ -222,6 +222,8 @@ def read_csv(path: str, image_key: str, caption_key: str, separator: str = "\t")
                 image, caption = row[image_key], row[caption_key]
                 if not image or caption is None:
                     raise EvalDataError(f"{path}: line {rows.line_num}: no {caption_key if image else image_key}.")
+                if any("\n" in text and separator in text for text in (image, caption)):
+                    raise EvalDataError(f"{path}: line {rows.line_num}: a quote that is not closed takes in rows.")
                 found.setdefault(image, []).append(clean_caption(caption))
     except FileProblem as error:
         raise EvalDataError(str(error)) from error

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .checksums import ChecksumError
+from ..data.small_files import read_json
+from .checksums import CheckedFile, ChecksumError
 from .files import ImageIndexError, Segment, checked_files, damaged, read_lines, read_manifest
 
 
@@ -42,7 +43,19 @@ def verify_index(folder: str) -> Verified:
             found.rejected += _verify_segment(root, segment)
         except ImageIndexError as error:
             found.problems.append(str(error))
+    found.problems += _damaged_neighbours(root)
     return found
+
+
+def _damaged_neighbours(root: Path) -> list[str]:
+    """Files of FAISS that are not what was written, a line each."""
+    problems = []
+    for path in sorted(root.glob("*.faiss")):
+        try:
+            CheckedFile(path, read_json(path.with_suffix(".faiss.json"))).check_all()
+        except (OSError, ValueError) as error:
+            problems.append(f"{path}: damaged ({error}); delete it, it will be built again.")
+    return problems
 
 
 def _verify_segment(root: Path, segment: Segment) -> int:

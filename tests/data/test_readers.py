@@ -191,3 +191,10 @@ def test_other_bad_input_is_named(tmp_path: Path) -> None:
         EvalSet(read_captions(str(path), str(path.parent / "images")), "scenes")
     with pytest.raises(EvalDataError, match="0 images with no caption at all"):
         EvalSet([], "nothing")
+
+
+@pytest.mark.parametrize("text", ['path\ttitle\na.jpg\t"a lake\nb.jpg\ta pond"\n', 'path\ttitle\na.jpg\t"a lake\n'])
+def test_a_stray_quote_in_a_csv_takes_in_no_rows(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_text(text)
+    with pytest.raises(EvalDataError, match=r"c\.csv: .*(a quote that is not closed|not a CSV that can be read)"):
+        read_csv(str(tmp_path / "c.csv"), "path", "title")

@@ -29,6 +29,7 @@ from msa_openclip.distributed import Peers
 from msa_openclip.evaluation.loading import LoadedModel, load
 from msa_openclip.search import build as index
 from msa_openclip.search.build import build_index
+from msa_openclip.search.checksums import checksums
 from msa_openclip.search.files import ImageIndexError, sealed
 from msa_openclip.search.index import ImageIndex
 from msa_openclip.search.known_models import model_of
@@ -448,3 +449,17 @@ def test_a_kill_leaves_files_that_verify(spec: str, tiny_configs: Path, tmp_path
     verified = verify_index(str(tmp_path / "x"))
     assert verified.problems == []
     assert verified.images == 9
+
+
+def test_a_damaged_file_of_faiss_is_found_by_verify(
+    tmp_path: Path, model: LoadedModel, images: list[CaptionedImage]
+) -> None:
+    folder = tmp_path / "index"
+    build_index(model, images, str(folder))
+    path = folder / "hnsw-0.faiss"
+    path.write_bytes(b"graph" * 100)
+    (folder / "hnsw-0.faiss.json").write_text(json.dumps(checksums(path)))
+    assert verify_index(str(folder)).problems == []
+    path.write_bytes(b"graph" * 99 + b"grapf")
+    (problem,) = verify_index(str(folder)).problems
+    assert problem.startswith(f"{path}: damaged")
