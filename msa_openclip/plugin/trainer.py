@@ -109,23 +109,17 @@ def extend_train_data(data: ModuleType) -> None:
             loader.require_one_caption_a_sample(args, given["is_train"], option)
             batches = original(args, *positional, **named)
         else:
-            batches = ours(args, given, host)
+            known, tokenizer = inspect.signature(loader.get_wds_dataset).parameters, given.get("tokenizer")
+            batches = loader.get_wds_dataset(
+                **{name: value for name, value in given.items() if name in known},
+                batches=host.batches(args, tokenizer),
+                reorder=functools.partial(host.reorder, args, tokenizer),
+            )
         if args.train_data and not given["is_train"]:
             from ..training.validation import prepare
 
             prepare(args, is_msa=is_msa)  # before an epoch is spent; after the loader has said what it cannot use
         return batches
-
-    def ours(args: Any, given: dict[str, Any], host: Any) -> Any:
-        from ..training import loader
-
-        known = inspect.signature(loader.get_wds_dataset).parameters
-        tokenizer = given.get("tokenizer")
-        return loader.get_wds_dataset(
-            **{name: value for name, value in given.items() if name in known},
-            batches=host.batches(args, tokenizer),
-            reorder=functools.partial(host.reorder, args, tokenizer),
-        )
 
     replace(data, "get_wds_dataset", get_wds_dataset)
 
