@@ -13,7 +13,7 @@ from ..records import SPLITS, Entry, Location, Record, Rejection, clean_caption
 from ..storage import store
 from . import fields
 
-_MISSING = ("nan", "NaN", "None", "null", "NULL", "<NA>")
+MISSING = ("nan", "NaN", "None", "null", "NULL", "<NA>")
 """What careless programs write into a table where a caption is missing."""
 
 
@@ -127,7 +127,7 @@ def _clean(captions: tuple[str, ...], name: str) -> tuple[tuple[str, ...], list[
         text, which = clean_caption(caption), f"caption {index} of {len(captions)}"
         if not text:
             problems.append(Rejection(name, "blank caption", which))
-        elif text in _MISSING:
+        elif text in MISSING:
             problems.append(Rejection(name, "blank caption", f"{which} is {text!r}, which stands for a missing one"))
         elif not fields.encodable(text):
             problems.append(Rejection(name, "caption not Unicode", f"{which} has half a character: {text!a:.80}"))
