@@ -65,6 +65,19 @@ def loss(**changes: Any) -> Variant:
     return Variant(msa={"loss": changes})
 
 
+def normalised(dropout: float, hidden: int | None = 1024, match_weight: float = 0.25) -> Variant:
+    """Scales pooled by maximum and average and normalised by channel, read by a residual MLP, if there is one."""
+    return Variant(
+        msa={
+            "image_scales": scales(1, 2, 3, 4, shallow="max_avg", deepest="max_avg"),
+            "scale_inputs": {"norm": "batch", "dropout": dropout},
+            "fusion_hidden": hidden,
+            "loss": {"fused_match_weight": 1.0},
+            "ranking": {"match_weight": match_weight},
+        }
+    )
+
+
 MAIN = ("clip", "paper", "default")
 VARIANTS: dict[str, Variant] = {
     "clip": Variant(msa=None),
@@ -106,6 +119,10 @@ VARIANTS: dict[str, Variant] = {
     "pool-avg": Variant(msa={"image_scales": scales(1, 2, 3, 4, shallow="avg")}),
     "pool-max": Variant(msa={"image_scales": scales(1, 2, 3, 4, deepest="max")}),
     "pool-learned": Variant(msa={"image_scales": scales(1, 2, 3, 4, shallow="learned", deepest="learned")}),
+    "normalised-mlp-0.3": normalised(0.3),
+    "normalised-mlp-0.1": normalised(0.1),
+    "normalised-mlp-0.1-match-1": normalised(0.1, match_weight=1.0),
+    "normalised-0.1": normalised(0.1, hidden=None),
     "width-384": Variant(msa={"width": 384, "heads": 6}),
     "heads-12": Variant(msa={"heads": 12}),
     # Noisy pairs.
