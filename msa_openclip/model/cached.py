@@ -1,7 +1,8 @@
 """What `--lock-image --lock-text` freezes of an MSA model: its outputs, in batches that `MSACLIP.forward` takes.
 
-open_clip locks CLIP's own towers as a whole, but of timm's and Hugging Face's the trunk alone: the projection behind it
-goes on learning.  So what is cached is the output of the locked part, and the model applies the rest.
+open_clip locks CLIP's own towers as a whole; of timm's and Hugging Face's, 3.x locks the trunk alone and lets the
+projection behind it learn, which 4.x locks too.  What is cached is the output of what both lock, and the model applies
+the rest: the same features serve either line.
 Shapes: B samples, C_s channels of scale s, P width of a locked part's output, L token ids, N attended tokens.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -85,8 +87,22 @@ class CachedTexts:
         )
 
 
+def to_dicts(image: Any, text: Any) -> tuple[Any, Any]:
+    """CachedImages and CachedTexts for a trainer that moves tensors and dicts alone; other inputs as they are."""
+    if not isinstance(image, CachedImages):
+        return image, text
+    return {**vars(image), "pooled": dict(enumerate(image.pooled))}, dict(vars(text))
+
+
+def from_dicts(image: Any, text: Any) -> tuple[Any, Any]:
+    """The inverse of `to_dicts`."""
+    if not (isinstance(image, Mapping) and "source" in image):
+        return image, text
+    return CachedImages(**{**image, "pooled": tuple(image["pooled"].values())}), CachedTexts(**text)
+
+
 def learning_head(tower: nn.Module) -> nn.Module:
-    """What open_clip leaves to learn of a locked tower."""
+    """What is applied to cached outputs: open_clip 3.x leaves it to learn in a locked tower, 4.x locks it too."""
     name = _head_name(tower)
     return nn.Identity() if name is None else getattr(tower, name)
 
@@ -152,7 +168,7 @@ def _locked_weights(model: Any) -> dict[str, Tensor]:
 
 
 def _head_name(tower: Any) -> str | None:
-    """The child that `lock` leaves to learn: of timm's and Hugging Face's towers, not of CLIP's own."""
+    """The child behind what every line's `lock` locks: of timm's and Hugging Face's towers, not of CLIP's own."""
     if hasattr(tower, "trunk"):
         return "head"
     return "proj" if isinstance(getattr(tower, "proj", None), nn.Module) else None

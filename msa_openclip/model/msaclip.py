@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config import MSACfg
 from ..pair_scores.formula import ImageSide, TextSide
-from .cached import CachedImages, CachedTexts, Source, check_towers, learning_head
+from .cached import CachedImages, CachedTexts, Source, check_towers, from_dicts, learning_head
 from .mscmat import IMAGE_SIDE_KEYS, MSCMAT, TEXT_SIDE_KEYS, fused_scores, match_scores
 from .towers import (
     GatedScales,
@@ -148,6 +148,7 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         """
         if not self.training or image is None or text is None:
             return super().forward(image, text)
+        image, text = from_dicts(image, text)
         if isinstance(image, CachedImages) and isinstance(text, CachedTexts):
             self._require_own_features(image.source)
             text = text.to(dtype=image.feature.dtype)  # the trainer casts images alone

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
-from torch import Tensor
-
 SUPPORTED_OPEN_CLIP = ">=3.3,<5"
 
-Batches = Callable[[Tensor, Tensor], Any]
-"""Images (B, 3, h, w) and token ids (B, L) of our loader -> a batch as the host's trainer takes it."""
+Batches = Callable[[Any, Any], Any]
+"""Images (B, 3, h, w) and token ids (B, L) of our loader, or what is cached of both -> a batch as the host's trainer
+takes it."""
 Reorder = Callable[[Iterable[Any]], Iterator[Any]]
 """Samples with their token ids under `text` -> the same samples in another order."""
 

@@ -76,19 +76,28 @@ class OpenClip4:
         return _gathered(task, self._skeletons[task], args)
 
     def batches(self, args: Any, tokenizer: Any) -> Batches:
-        """Dicts; texts are cut to the longest one of the batch where the text tower takes it so."""
+        """Dicts, of dicts and tensors alone, which the host moves to the device; texts are cut to the longest one of
+        the batch where the text tower takes it so."""
+        from ..model.cached import to_dicts
+
+        def batch(images: Any, texts: Any) -> dict[str, Any]:
+            images, texts = to_dicts(images, texts)
+            return {"image": images, "text": texts}
+
         if not getattr(args, "variable_text", False):
-            return lambda images, texts: {"image": images, "text": texts}
+            return batch
         from open_clip_train.data import collate_variable_text_dicts, get_text_pad_id
 
         pad = get_text_pad_id(tokenizer)
         limits = {"text_pad_multiple": args.text_pad_multiple, "text_pad_cap": tokenizer.context_length}
 
-        def batch(images: Tensor, texts: Tensor) -> Any:
+        def cut_batch(images: Any, texts: Any) -> dict[str, Any]:
+            if not isinstance(texts, Tensor):  # cached ones are of one length
+                return batch(images, texts)
             rows = [{"text": row[row != pad]} for row in texts]
             return {"image": images, **collate_variable_text_dicts(rows, pad_id=pad, **limits)}
 
-        return batch
+        return cut_batch
 
     def reorder(self, args: Any, tokenizer: Any, epoch: Any) -> Reorder | None:
         """Texts of like length together (--length-bucketing), by the host's own stage."""

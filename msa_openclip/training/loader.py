@@ -216,7 +216,7 @@ def get_wds_dataset(
         preprocess=preprocess_img,
         tokenizer=tokenizer,
         max_pixels=getattr(args, "max_image_pixels", None) or None,
-        reorder=reorder(shared_epoch) if is_train else None,
+        reorder=reorder(shared_epoch) if is_train and not features else None,  # features are of one length
         features=features,
     )
     loader = wds.WebLoader(

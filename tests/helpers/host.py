@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 HAS_TASKS = hasattr(open_clip, "create_task")
 """open_clip 4.x, whose trainer moves a task about, and dicts."""
+LOCKS_PROJECTIONS = HAS_TASKS
+"""Whether locking a tower of timm or Hugging Face also locks the projection behind it; 3.x lets that learn."""
 MAKES_LOSS = "create_task" if HAS_TASKS else "create_loss"
 """The function of open_clip that decides which loss a model trains with."""
 DEFAULTS = {"distill": False, "siglip": False, "horovod": False, "local_loss": False, "gather_with_grad": False}

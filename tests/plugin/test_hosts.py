@@ -18,6 +18,7 @@ from helpers.host import DEFAULTS, HAS_TASKS, loss_of
 from torch import nn
 
 from msa_openclip import MSALoss
+from msa_openclip.model.cached import CachedImages, CachedTexts, Source, from_dicts
 from msa_openclip.plugin.host import has, note_lacking, takes, uses
 from msa_openclip.plugin.installed import installed
 from msa_openclip.training.shares import ShardDataError
@@ -135,6 +136,27 @@ def test_the_second_trainer_is_refused() -> None:
 def test_micro_batches_of_texts_of_many_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="--accum-freq 2: MSA-tiny-ViT reads texts as long as each batch has them"):
         task_of("MSA-tiny-ViT", accum_freq=2, variable_text=True)
+
+
+@only_4
+def test_cached_outputs_of_towers_move_to_the_device_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device without memory, where a tensor left behind would end the step."""
+    monkeypatch.setattr("msa_openclip.model.msaclip.check_towers", lambda *_: None)
+    task, args = task_of("MSA-tiny-ViT")
+    model = task.trainable_module
+    feature, pooled = model.image_scales(model.visual, tiny.images(model, 3))
+    text_feature, tokens = model.text(tiny.texts(3))
+    ids, mask = tiny.texts(3), torch.ones(3, tokens.shape[1], dtype=torch.bool)
+    images = CachedImages(feature, tuple(pooled), Source("folder", "{}"))
+    batch = installed().batches(args, None)(images, CachedTexts(ids, text_feature, tokens, mask))
+    moved = task.prepare_batch(batch, torch.device("meta"), torch.bfloat16)
+    assert task.batch_size(moved) == 3
+    images, texts = from_dicts(moved["image"], moved["text"])
+    floats = (images.feature, *images.pooled, texts.feature, texts.tokens)
+    assert {tensor.dtype for tensor in floats} == {torch.bfloat16}
+    assert (texts.ids.dtype, texts.mask.dtype) == (torch.int64, torch.bool)
+    output = model.to(device="meta", dtype=torch.bfloat16).train()(**moved)
+    assert {value.device.type for value in output.values()} == {"meta"}
 
 
 class Tokens:
