@@ -8,10 +8,13 @@ RSICD and UCM are folders with dataset_NAME.json (Karpathy's format) and images/
 tf_efficientnet_lite0, MINILM a Hugging Face folder of all-MiniLM-L6-v2.
 
 Every run is `python -m open_clip_train.main` from the same pretrained towers with the same augmentation, dropout,
-batches and epochs.  Plain CLIP is open_clip's own model and loss; `clip-mlp` the same with open_clip's MLP as image
-head.  No epoch is chosen: the last one counts.  Of several learning rates (`--lrs`) the report takes the best on val
-by the first seed, for each model and set.  Models trained on RSICD are ranked on UCM too, which they have not seen;
-on UCM the captions that stand in its train part are left out ("unseen").  Finished runs are not repeated.
+batches and epochs.  `clip` is plain CLIP: the features of both towers and InfoNCE, nothing else.  It is written as an
+`msa_cfg`, because `--lock-image-freeze-bn-stats` takes the activations out of this backbone in open_clip 3.3's own
+model, which then learns nothing.  `clip-mlp` is the same with open_clip's MLP as image head.
+
+No epoch is chosen: the last one counts.  Of several learning rates (`--lrs`) the report takes the best on val by the
+first seed, for each model and set.  Models trained on RSICD are ranked on UCM too, which they have not seen; on UCM
+the captions that stand in its train part are left out ("unseen").  Finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -38,22 +41,30 @@ LOCKS = (
     "--lock-image", "--lock-image-unlocked-groups", "3", "--lock-image-freeze-bn-stats",
     "--lock-text", "--lock-text-freeze-layer-norm",
 )  # fmt: skip
-PLAIN_SCALES = [{"stage": stage, "pool": "max" if stage < 4 else "avg"} for stage in (1, 2, 3, 4)]
-
 RANKINGS = ("global", "match", "fused")
+TOWER_ALONE: dict[str, Any] = {
+    "image_scales": [{"stage": 4}],
+    "fusion": "tower",
+    "fusion_hidden": None,
+    "scale_inputs": {"norm": "none", "dropout": 0.0},
+    "loss": {"fused_weight": 0.0, "global_weight": 1.0, "identical_captions": False},
+}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "clip": {"msa_cfg": None},
-    "clip-mlp": {"msa_cfg": None, "vision_cfg": {"timm_proj": "mlp"}},
+    "clip": {"msa_cfg": TOWER_ALONE},
+    "clip-mlp": {"msa_cfg": TOWER_ALONE, "vision_cfg": {"timm_proj": "mlp"}},
     "shipped": {},
     "shipped-without-mscmat": {"msa_cfg": {"loss": {"fused_weight": 0.0, "global_weight": 1.0}}},
     "linear-scales": {  # what `msa_cfg` does when it names the scales alone
         "msa_cfg": {
-            "image_scales": PLAIN_SCALES, "scale_inputs": {"norm": "none", "dropout": 0.0}, "fusion_hidden": None,
-            "loss": {"fused_match_weight": None}, "ranking": {"match_weight": 1.0},
+            "image_scales": [{"stage": stage, "pool": "max" if stage < 4 else "avg"} for stage in (1, 2, 3, 4)],
+            "scale_inputs": {"norm": "none", "dropout": 0.0},
+            "fusion_hidden": None,
+            "loss": {"fused_match_weight": None},
+            "ranking": {"match_weight": 1.0},
         }
     },
-}  # fmt: skip
-"""Changes of the shipped configuration, object by object; `msa_cfg` null is open_clip's own model."""
+}
+"""Changes of the shipped configuration, object by object."""
 PROTOCOLS = {
     "RSICD val": ("rsicd", "val"),
     "RSICD → UCM test": ("rsicd", "ucm_test"),
@@ -97,8 +108,6 @@ class Study:
             shipped["text_cfg"][key] = str(self.options.text_weights)
         for variant in self.options.only:
             config = merged(shipped, VARIANTS[variant])
-            if config["msa_cfg"] is None:
-                del config["msa_cfg"]
             (self.configs / f"lite0-{variant}.json").write_text(json.dumps(config, indent=2))
         open_clip.add_model_config(self.configs)
 
@@ -158,12 +167,11 @@ class Study:
         return found
 
     def command(self, module: str, *arguments: object) -> None:
-        """Print and run `python -m module arguments`; plain CLIP reads and is evaluated as MSA is."""
+        """Print and run `python -m module arguments`."""
         line = typed(module, *arguments)
         print(f"$ {line}", flush=True)
         environment = os.environ | {
-            "MSA_OPENCLIP_CONFIGS": str(self.configs), "MSA_OPENCLIP_LOADER": "all", "MSA_OPENCLIP_EVALUATE": "all",
-            "OMP_NUM_THREADS": str(self.options.threads),
+            "MSA_OPENCLIP_CONFIGS": str(self.configs), "OMP_NUM_THREADS": str(self.options.threads),
         }  # fmt: skip
         with (self.out / "commands.log").open("a") as log:
             subprocess.run(
