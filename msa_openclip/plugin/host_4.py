@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..distributed import unwrapped
+from ..distributed import Peers, failing_together, unwrapped
 from .host import Batches, Need, Reorder, has, note_lacking, require_known_host, takes, uses
 from .patching import replace
 
@@ -159,15 +159,13 @@ def _gathered(task: Any, skeleton: nn.Module, args: Any) -> nn.Module:
     in every block.
     """
     state = task.state_dict()["state_dict"]  # whole on the first rank, which alone saves checkpoints; empty elsewhere
-    received = {}
-    for name, like in skeleton.state_dict().items():
-        sent = (
-            state[name].reshape(like.shape).to(like.dtype)
-            if args.rank == 0
-            else torch.empty(like.shape, dtype=like.dtype)
-        )
-        received[name] = sent.to(args.device)
-        dist.broadcast(received[name], src=0)
+    weights = {}
+    with failing_together(Peers(args.rank, args.world_size)):  # before any rank waits for what another broadcasts
+        for name, like in skeleton.state_dict().items():
+            weight = torch.empty(like.shape, dtype=like.dtype, device=args.device)
+            weights[name] = weight.copy_(state[name].reshape(like.shape)) if args.rank == 0 else weight
+    for weight in weights.values():
+        dist.broadcast(weight, src=0)
     model = copy.deepcopy(skeleton)
-    model.load_state_dict(received, assign=True)
+    model.load_state_dict(weights, assign=True)
     return model.to(args.device)

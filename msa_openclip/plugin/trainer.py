@@ -41,7 +41,8 @@ def extend_train(train: ModuleType) -> None:
         settings, data, host = given["args"], given["data"], installed()
         if not is_asked_for(host.model_of(trained), data, given["epoch"], settings):
             return original(trained, *args, **kwargs)
-        metrics = metrics_or_none(host.whole_model(trained, settings), data, settings, given.get("tokenizer"))
+        whole_model = functools.partial(host.whole_model, trained, settings)
+        metrics = metrics_or_none(whole_model, data, settings, given.get("tokenizer"))
         try:
             return _reporting(original, host, metrics)(trained, *args, **kwargs)
         except Exception:

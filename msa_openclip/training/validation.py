@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -44,9 +45,16 @@ def prepare(args: Any, *, is_msa: bool) -> None:
         _data(args)
 
 
-def metrics_or_none(model: nn.Module, data: dict[str, Any], args: Any, tokenizer: Any = None) -> dict[str, float]:
-    """`retrieval_metrics`, or none of them and a line in the log: in training the checkpoint comes after validation."""
+def metrics_or_none(
+    whole_model: Callable[[], nn.Module], data: dict[str, Any], args: Any, tokenizer: Any = None
+) -> dict[str, float]:
+    """`retrieval_metrics`, or none of them and a line in the log: in training the checkpoint comes after validation.
+
+    That goes for the model too, whose weights `whole_model` may have to gather from all ranks.
+    """
     try:
+        with failing_together(_peers(args)):
+            model = whole_model()
         return retrieval_metrics(model, args, tokenizer)
     except Exception:
         if "train" not in data:

@@ -29,6 +29,7 @@ from msa_openclip.distributed import PeerError, Peers, failing_together
 from msa_openclip.evaluation.eval_set import EvalSet
 from msa_openclip.evaluation.evaluate import evaluate
 from msa_openclip.evaluation.scorer import Scorer
+from msa_openclip.plugin.installed import installed
 from msa_openclip.training import validation as train_evaluation
 
 ON_CPU_RANKS = Path(__file__).parents[1] / "helpers" / "on_cpu_ranks.py"
@@ -271,7 +272,11 @@ def test_bad_setting_and_bad_shards_are_named(
         open_clip_train.train.evaluate(model, data, 1, arguments("nothing.tar", tmp_path), tokenizer=Tokenizer())
 
 
-@pytest.mark.parametrize("trouble", ["shard", "json", "scores"])
+def no_whole_model(*_: Any) -> torch.nn.Module:
+    raise ValueError("no memory for a whole model")
+
+
+@pytest.mark.parametrize("trouble", ["shard", "json", "scores", "weights"])
 def test_validation_costs_no_checkpoint(
     trouble: str,
     shards: dict[str, str],
@@ -292,10 +297,12 @@ def test_validation_costs_no_checkpoint(
     if trouble == "scores":
         pattern = shards["pair"]
         torch.nn.init.constant_(model.visual.ln_post.weight, float("nan"))
+    if trouble == "weights":
+        monkeypatch.setattr(installed(), "whole_model", no_whole_model)
     args = arguments(pattern, tmp_path)
     args.model = "MSA-tiny-ViT"
     tokenizer = open_clip.get_tokenizer("MSA-tiny-ViT")
-    with pytest.raises(ValueError, match=r"sample a: a\.json: expected an object|no image can be read|not finite"):
+    with pytest.raises(ValueError, match=r"a\.json: expected an object|no image can be read|not finite|no memory"):
         open_clip_train.train.evaluate(model, data, 1, args, tokenizer=tokenizer)
     data["train"] = data["val"]
     monkeypatch.setattr(open_clip_train.train, "get_clip_metrics", lambda *_, **__: {})
@@ -317,6 +324,20 @@ def test_bad_validation_data_is_refused_before_training(shards: dict[str, str], 
     assert done.returncode == 1
     assert "sample a: a.json: expected an object, got list." in done.stderr
     assert "Start epoch" not in done.stderr + done.stdout
+
+
+def rank_without_memory(rank: int, world_size: int, folder: str) -> None:
+    """The second rank cannot take the whole model; the first must not begin to share the images with it."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    args = SimpleNamespace(rank=rank, world_size=world_size, distributed=True)
+    whole_model = torch.nn.Identity if rank == 0 else no_whole_model
+    Path(folder, str(rank)).write_text(str(train_evaluation.metrics_or_none(whole_model, {"train": None}, args)))
+    dist.destroy_process_group()
+
+
+def test_weights_that_one_rank_cannot_gather_cost_no_checkpoint(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(rank_without_memory, (2, str(tmp_path)), nprocs=2)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["{}", "{}"]
 
 
 def failing_rank(rank: int, world_size: int, folder: str) -> None:
