@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 Pool = Literal["max", "avg", "max_avg", "token", "learned"]
-Fusion = Literal["tower", "scales", "both"]
+Fusion = Literal["tower", "scales", "both", "decoupled", "dynamic"]
 
 LARGEST_WIDTH = 65_536
 """Of MSCMAT: a hundred times those of the largest towers; beyond it a slip of the pen asks for all memory there is."""
@@ -56,8 +56,10 @@ class TextTokens:
 class Score:
     """The form of the match score (docs/method.md, section 1.4)."""
 
-    form: Literal["logit", "sigmoid"] = "logit"
-    """What losses and rankings see: the logit, or its sigmoid as in the released code."""
+    form: Literal["logit", "sigmoid", "gram", "gated"] = "logit"
+    """What losses and rankings see: MSCMAT's logit, or its sigmoid as in the released code; or a score in MSCMAT's
+    place, of all scales at once: `gram` compares all words with all scales, `gated` gates the text by the image
+    (docs/explanation/methods.md). Those two have neither gate, heads nor temperature."""
     gate: Literal["normalised", "plain"] = "normalised"
     """The image vector that gates the attended text: LN_img(m), or m itself as in the released code."""
     temperature: float | None = 0.07
@@ -77,9 +79,18 @@ class Loss:
     global_weight: float = 0.3
     """Keeps the global features useful alone, as a search needs them that ranks its first candidates by them."""
     margin: float = 0.5
-    """Of the triplet term, in cosine."""
+    """Of the triplet terms, in cosine."""
+    margin_relief: float = 0.0
+    """Share of the margin that a negative loses whose caption has the same words; in proportion for those that share
+    some."""
+    same_class_weight: float = 1.0
+    """Factor of a triplet whose hardest negative is of the row's own scene class; other than 1 it needs shards with
+    classes."""
+    fused_term: Literal["infonce", "triplet"] = "infonce"
     fused_weight: float = 1.0
-    """Of the InfoNCE on the fused scores of `ranking`, by which retrieval ranks."""
+    """Of the term on the fused scores of `ranking`, by which retrieval ranks."""
+    fused_scaled: bool = False
+    """Multiply the fused scores by the model's logit scale in that term: for rankings whose parts are similarities."""
     fused_match_weight: float | None = None
     """Weight of the match scores within that term; null: `ranking.match_weight`."""
     match_weight: float = 0.0
@@ -91,6 +102,34 @@ class Loss:
     consistency_temperature: float = 1.0
     identical_captions: bool = True
     """Captions of a batch with the same token ids are positives of each other's images, not negatives."""
+    pair_weights: Literal["equal", "self_paced", "eliminate"] = "equal"
+    """How the InfoNCE terms weigh pairs that may not belong together (docs/explanation/methods.md)."""
+    clean_below: float = 0.15
+    """Of `self_paced`: the loss under which a pair is clean, in units of the logit scale ..."""
+    noisy_from: float = 0.4
+    """... and from which it is taken for a wrong pair."""
+    eliminated_share: float = 0.1
+    """Of `eliminate`: pairs less similar than this share of the `eliminate_queue` pairs before them are left out ..."""
+    eliminate_queue: int = 4096
+    eliminate_after: int = 200
+    """... after so many steps."""
+
+    @property
+    def needs_text_ids(self) -> bool:
+        """Whether a term compares captions by their token ids."""
+        return self.identical_captions or self.margin_relief > 0
+
+    @property
+    def needs_classes(self) -> bool:
+        """Whether a term compares scene classes."""
+        return self.same_class_weight != 1
+
+    @property
+    def has_triplets(self) -> bool:
+        """Whether a term with a weight is a hinge on the hardest negative."""
+        return (self.global_term == "triplet" and self.global_weight > 0) or (
+            self.fused_term == "triplet" and self.fused_weight > 0
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +153,8 @@ class MSACfg:
     """Width D of MSCMAT; null: embed_dim."""
     heads: int = 8
     fusion: Fusion = "both"
-    """Global image feature: of the tower, of the scales (docs/method.md, section 1.2), or tower plus scales."""
+    """Global image feature: of the tower, of the scales (docs/method.md, section 1.2), tower plus scales; of scales
+    that suppress what the others say (`decoupled`), or a weighing of tower and scales for each image (`dynamic`)."""
     fusion_hidden: int | None = None
     """Of fusion `both`: width of a residual MLP over the tower's feature and all scales; null: linear maps alone."""
     scale_inputs: ScaleInputs = field(default_factory=ScaleInputs)
@@ -148,9 +188,25 @@ class MSACfg:
             part, name = key.split(".")
             weight = getattr(getattr(self, part), name)
             _require(weight is None or weight >= 0, key, weight, "0 or more")
+        self._check_pairs()
         self._require_representable()
         trains = self.loss.global_weight > 0 or self.uses_mscmat
         _require(trains, "loss", "all weights 0", "at least one term with a weight")
+
+    def _check_pairs(self) -> None:
+        """What the loss does with single pairs and negatives."""
+        loss = self.loss
+        _require(loss.same_class_weight >= 0, "loss.same_class_weight", loss.same_class_weight, "0 or more")
+        for name in ("margin_relief", "eliminated_share"):
+            _require(0 <= getattr(loss, name) <= 1, f"loss.{name}", getattr(loss, name), "0 to 1")
+        _require(loss.clean_below > 0, "loss.clean_below", loss.clean_below, "more than 0")
+        _require(loss.noisy_from >= loss.clean_below, "loss.noisy_from", loss.noisy_from, "loss.clean_below or more")
+        _require(loss.eliminate_queue > 0, "loss.eliminate_queue", loss.eliminate_queue, "a positive number")
+        _require(loss.eliminate_after >= 0, "loss.eliminate_after", loss.eliminate_after, "0 or more")
+        if loss.pair_weights != "equal":
+            weighed = loss.fused_weight + loss.global_weight * (loss.global_term == "infonce")
+            fits = weighed > 0 and not loss.has_triplets
+            _require(fits, "loss.pair_weights", loss.pair_weights, "'equal' where triplet or match terms train alone")
 
     def _require_representable(self) -> None:
         """All numbers lie where half precision can work with them, and with what is computed from them."""
@@ -168,7 +224,8 @@ class MSACfg:
     @property
     def trains_logit_scale(self) -> bool:
         """Whether a loss term reads the model's logit scale; if not, it stays frozen."""
-        return self.loss.global_term == "infonce" or (self.loss.fused_weight > 0 and self.ranking.global_weight is None)
+        fused = self.ranking.global_weight is None or self.loss.fused_scaled
+        return self.loss.global_term == "infonce" or (self.loss.fused_weight > 0 and fused)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> MSACfg:
@@ -187,6 +244,8 @@ class MSACfg:
             )
         return _parse(cls, _merge(PRESETS[preset], settings), "msa_cfg")
 
+
+_GLOBAL_ALONE = {"global_weight": 1.0, "fused_weight": 0.0}  # no MSCMAT
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -211,6 +270,32 @@ PRESETS: dict[str, dict[str, Any]] = {
             "identical_captions": False,
         },
         "ranking": {"global_weight": 1.0, "match_weight": 1.0},
+    },
+    # The ideas of other methods, with what their papers leave open chosen by us: docs/explanation/methods.md.
+    "rrsitr": {"loss": {"pair_weights": "self_paced", "global_weight": 1.0}},
+    "ebaker": {
+        "fusion": "tower",
+        "width": 64,
+        "score": {"form": "gram"},
+        "loss": {"global_weight": 0.0, "fused_scaled": True, "pair_weights": "eliminate"},
+        "ranking": {"global_weight": 0.6, "match_weight": 0.4},
+    },
+    "galr": {"fusion": "dynamic", "loss": {"global_term": "triplet", **_GLOBAL_ALONE, "margin": 0.2}},
+    "amfmn": {
+        "fusion": "scales",
+        "score": {"form": "gated"},
+        "loss": {
+            "global_term": "triplet",
+            "global_weight": 0.0,
+            "fused_term": "triplet",
+            "margin": 0.2,
+            "margin_relief": 1.0,
+        },
+        "ranking": {"global_weight": 0.0, "match_weight": 1.0},
+    },
+    "ssjdn": {
+        "fusion": "decoupled",
+        "loss": {"global_term": "triplet", **_GLOBAL_ALONE, "margin": 0.2, "same_class_weight": 0.5},
     },
 }
 

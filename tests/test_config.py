@@ -83,11 +83,12 @@ FULL = json.loads(
 
 
 WEIGHTS = ("global_weight", "fused_weight", "match_weight", "consistency_weight")
-FLOATS = (*WEIGHTS, "margin", "consistency_temperature", "temperature")
+PAIRS = ("margin_relief", "same_class_weight", "clean_below", "noisy_from", "eliminated_share")
+FLOATS = (*WEIGHTS, *PAIRS, "margin", "consistency_temperature", "temperature")
 ACCEPTED = {
     str: (".base",),
     float: tuple(path for path, _ in key_paths(FULL) if path.endswith(FLOATS)),
-    bool: (".text_tokens.first", ".text_tokens.padding", ".loss.identical_captions"),
+    bool: (".text_tokens.first", ".text_tokens.padding", ".loss.identical_captions", ".loss.fused_scaled"),
     type(None): (
         ".base",
         ".width",
@@ -159,7 +160,7 @@ def test_a_value_of_a_wrong_kind_is_refused_by_its_key(path: str, wrong: Any) ->
         ),
         (
             {"image_scales": SCALES, "fusion": "sum"},
-            "msa_cfg.fusion: got 'sum', expected one of 'tower', 'scales', 'both'.",
+            "msa_cfg.fusion: got 'sum', expected one of 'tower', 'scales', 'both', 'decoupled', 'dynamic'.",
         ),
         (
             {"image_scales": SCALES, "fusion_hidden": 0},
@@ -177,7 +178,7 @@ def test_a_value_of_a_wrong_kind_is_refused_by_its_key(path: str, wrong: Any) ->
         ({"image_scales": {"stage": 1}}, "msa_cfg.image_scales: expected a list, got {'stage': 1}."),
         (
             {"image_scales": SCALES, "preset": "papers"},
-            "msa_cfg.preset: 'papers' is unknown; choose one of default, paper.",
+            "msa_cfg.preset: 'papers' is unknown; choose one of amfmn, default, ebaker, galr, paper, rrsitr, ssjdn.",
         ),
         ({"image_scales": SCALES, "preset": ["paper"]}, "msa_cfg.preset: ['paper'] is unknown; choose one of"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..evaluation.options import RERANKINGS
 from ..shards.arguments import Commands, add_choice, add_command
 from .options import add_data, add_models, add_reports, add_running
 
@@ -25,6 +26,10 @@ def add(commands: Commands) -> None:
     add_data(command)
     text = "what was trained on; captions that stand there, whatever their case, and the others are rated apart, too"
     command.add_argument("--train-captions", metavar="FILE_OR_PATTERN", help=text)
+    text = "also re-rank; all but qb-norm-bank use all test queries at once, which a search cannot"
+    command.add_argument("--rerank", nargs="+", default=[], choices=RERANKINGS, help=text)
+    text = "shards of training images, whose queries qb-norm-bank uses"
+    command.add_argument("--bank", metavar="PATTERN", help=text)
     add_running(command)
     group = add_reports(command, bootstrap=1000)
     add_choice(group, "--ties", "equal scores", ("expected", "pessimistic"))

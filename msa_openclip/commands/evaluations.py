@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.readers import read_shards
 from ..evaluation.eval_set import EvalSet
-from ..evaluation.evaluate import evaluate
+from ..evaluation.evaluate import Evaluation, evaluate
+from ..evaluation.loading import LoadedModel
 from ..evaluation.metrics import Ties
 from ..reports import report
 from ..reports.examples import find_examples
@@ -26,11 +28,24 @@ def evaluate_all(
         model = load_model(spec, parsed)
         start = time.perf_counter()
         evaluation = evaluate(model.scorer, data, model.preprocess, model.tokenizer, options)
+        evaluation = _reranked(evaluation, model, parsed)
         seconds = time.perf_counter() - start
         results.append(report.ModelResult.of(spec, evaluation, seconds, ties=ties, bootstrap=parsed.bootstrap))
         if parsed.html:
             results[-1].examples = find_examples(model, evaluation)
     return results
+
+
+def _reranked(evaluation: Evaluation, model: LoadedModel, parsed: argparse.Namespace) -> Evaluation:
+    """With the rankings of --rerank, where the subcommand has it."""
+    methods = getattr(parsed, "rerank", [])
+    if not methods:
+        return evaluation
+    from ..evaluation.rerank import rerank
+
+    bank = read_shards(parsed.bank) if parsed.bank else []
+    parts = model.scorer, model.preprocess, model.tokenizer
+    return rerank(evaluation, *parts, methods, bank=bank, options=running(parsed))
 
 
 def write(parsed: argparse.Namespace, data: EvalSet, results: Sequence[report.ModelResult], **more: Any) -> None:

@@ -6,6 +6,13 @@ from dataclasses import dataclass
 
 PRECISIONS = ("fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16")
 """Of the towers, as open_clip_train.main has them; open_clip itself takes any other word for fp32."""
+RERANKINGS = {
+    "galr": "galr (transductive)",
+    "sar": "sar (transductive)",
+    "qb-norm": "qb-norm (transductive)",
+    "qb-norm-bank": "qb-norm (training queries)",
+}
+"""Ways to re-rank, and what rankings are called by them; those that need all test queries at once say so."""
 TEMPLATES = ("a satellite photo of {}.", "an aerial image of {}.", "an overhead view of {}.")
 """Captions of a scene class in zero-shot classification; {} is its name."""
 

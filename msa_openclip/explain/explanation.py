@@ -67,10 +67,13 @@ def explain(model: LoadedModel, picture: Image.Image, text: str) -> Explanation:
     """Explain the score of a picture and a text.
 
     Raises:
-        ExplainError: the model has no MSCMAT, or the text is blank.
+        ExplainError: the model has no MSCMAT, or a score in its place, or the text is blank.
     """
     if not model.scorer.has_match:
         raise ExplainError(f"{model.spec} has no MSCMAT, its one cosine has no parts; explain an MSA model.")
+    form = model.scorer.model.msa_cfg.score.form
+    if form not in ("logit", "sigmoid"):
+        raise ExplainError(f"{model.spec} scores pairs by msa_cfg.score.form {form!r}, which attends to no words.")
     if not text.strip():
         raise ExplainError("the text is blank; write what to explain.")
     msa = model.scorer.model

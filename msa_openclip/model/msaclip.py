@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from ..config import MSACfg
 from ..pair_scores.formula import ImageSide, TextSide
-from .cached import CachedImages, CachedTexts, Source, check_towers, from_dicts, learning_head
-from .mscmat import IMAGE_SIDE_KEYS, MSCMAT, TEXT_SIDE_KEYS, fused_scores, match_scores
+from .cached import CachedImages, CachedTexts, Source, check_towers, learning_head
+from .fusions import DecoupledScales, WeighedScales
+from .labelled import LabelledTexts, from_dicts
+from .mscmat import IMAGE_SIDE_KEYS, TEXT_SIDE_KEYS, fused_scores, match_scores
+from .similarities import PairScore, build_pair_score
 from .towers import (
     GatedScales,
     Images,
@@ -67,12 +70,10 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         self.image_scales = ImageScales(self.visual, cfg.image_scales)
         self.scale_inputs = ScaleInputs(self.image_scales.channels, cfg.scale_inputs)
         self.fusion = _build_fusion(cfg, self.image_scales.channels, embed_dim)
-        self.mscmat: MSCMAT | None = None
+        self.mscmat: PairScore | None = None
         if cfg.uses_mscmat:
-            width = cfg.width or embed_dim
-            token_width = text_token_width(self.text)
-            channels = self.image_scales.channels
-            self.mscmat = MSCMAT(channels, token_width, embed_dim, width, cfg.heads, cfg.score)
+            channels, token_width = self.image_scales.channels, text_token_width(self.text)
+            self.mscmat = build_pair_score(cfg, channels, token_width, embed_dim)
         self._check_towers(embed_dim)
         self._freeze_unused()
 
@@ -138,17 +139,22 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         logits = self.rank_scores(image_features @ text_features.T, match)
         return logits, logits.T
 
-    def forward(self, image: Images | CachedImages | None = None, text: Tensor | CachedTexts | None = None) -> Any:
+    def forward(
+        self, image: Images | CachedImages | None = None, text: Tensor | CachedTexts | LabelledTexts | None = None
+    ) -> Any:
         """In training with both inputs a flat dict of batch-first tensors; else what open_clip's own model returns.
 
         Cached outputs of the locked towers take the place of pixels and token ids in training; the towers are not run.
 
         The dict holds `image_features` (B, E), `text_features` (B, E), `logit_scale`, and, as the configured losses
-        need them, `text_ids` (B, L) and the folded sides under IMAGE_SIDE_KEYS and TEXT_SIDE_KEYS.
+        need them, `text_ids` (B, L), `classes` (B,) and the folded sides under IMAGE_SIDE_KEYS and TEXT_SIDE_KEYS.
         """
         if not self.training or image is None or text is None:
             return super().forward(image, text)
         image, text = from_dicts(image, text)
+        classes = None
+        if isinstance(text, LabelledTexts):
+            text, classes = text.texts, text.classes
         if isinstance(image, CachedImages) and isinstance(text, CachedTexts):
             self._require_own_features(image.source)
             text = text.to(dtype=image.feature.dtype)  # the trainer casts images alone
@@ -165,8 +171,10 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         if self.mscmat is not None:
             output.update(zip(IMAGE_SIDE_KEYS, self.mscmat.fold_image(pooled), strict=True))
             output.update(zip(TEXT_SIDE_KEYS, self.mscmat.fold_text(tokens, mask, text_feature), strict=True))
-        if self.msa_cfg.loss.identical_captions:
+        if self.msa_cfg.loss.needs_text_ids:
             output["text_ids"] = self._comparable_ids(text)
+        if classes is not None:
+            output["classes"] = classes
         return output
 
     def _comparable_ids(self, text: Tensor | CachedTexts) -> Tensor:
@@ -246,7 +254,7 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
             check_towers(self, source)
             self._features_of = source
 
-    def _require_mscmat(self) -> MSCMAT:
+    def _require_mscmat(self) -> PairScore:
         if self.mscmat is None:
             raise ValueError(
                 "this model was configured without fused, match and consistency terms and has no MSCMAT; "
@@ -257,7 +265,7 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
     def _check_towers(self, embed_dim: int) -> None:
         fusion, trunk = self.msa_cfg.fusion, getattr(self.visual, "trunk", None)
         unprojected = trunk is not None and not trunk.num_classes and len(self.visual.head) == 0
-        if trunk is not None and unprojected and fusion != "scales" and trunk.num_features != embed_dim:
+        if trunk is not None and unprojected and fusion not in SCALES_ALONE and trunk.num_features != embed_dim:
             raise ValueError(
                 f"vision_cfg.timm_proj: 'none' leaves the image tower {trunk.num_features} features where embed_dim is "
                 f"{embed_dim}. Use 'linear', or msa_cfg.fusion 'scales' instead of {fusion!r}."
@@ -272,13 +280,15 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         """Freeze what no loss reaches: a parameter without a gradient would stop DistributedDataParallel."""
         if not self.msa_cfg.trains_logit_scale:
             self.logit_scale.requires_grad_(False)
-        if self.msa_cfg.fusion == "scales":
+        if self.msa_cfg.fusion in SCALES_ALONE:
             for parameter in unused_parameters(self.image_scales, self.visual):
                 parameter.requires_grad_(False)
         if self.fusion is None and self.mscmat is None:
             self.image_scales.requires_grad_(False)
 
 
+SCALES_ALONE = ("scales", "decoupled")
+"""Fusions that leave out the tower's own feature."""
 MSA_PREFIXES = ("image_scales.", "scale_inputs.", "fusion.", "mscmat.")
 """Of the parameters that a plain CLIP model lacks."""
 
@@ -288,6 +298,10 @@ def _build_fusion(cfg: MSACfg, channels: Sequence[int], embed_dim: int) -> nn.Mo
         return TowerPlusScales(channels, embed_dim, cfg.fusion_hidden, cfg.scale_inputs.dropout)
     if cfg.fusion == "scales":
         return GatedScales(channels, embed_dim)
+    if cfg.fusion == "decoupled":
+        return DecoupledScales(channels, embed_dim)
+    if cfg.fusion == "dynamic":
+        return WeighedScales(channels, embed_dim)
     return None
 
 

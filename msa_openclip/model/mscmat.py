@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..config import Ranking, Score, check_heads
 from ..pair_scores.formula import ImageSide, TextSide, match_logits
+from ..pair_scores.similarities import gated_scores, gram_scores
 
 IMAGE_SIDE_KEYS = tuple(f"match_image_{name}" for name in ImageSide._fields)
 """Keys of the dict that MSACLIP returns in training that hold the folded image side."""
@@ -133,7 +134,14 @@ class MSCMAT(nn.Module):
 
 
 def match_scores(images: ImageSide, texts: TextSide, score: Score) -> Tensor:
-    """Match scores in the configured form, (S, I, T): logits, or their sigmoids as in the released code."""
+    """Match scores in the configured form, (S, I, T): logits, or their sigmoids as in the released code.
+
+    Of the forms that stand in MSCMAT's place one score of all scales, (1, I, T).
+    """
+    if score.form == "gram":
+        return gram_scores(images, texts)
+    if score.form == "gated":
+        return gated_scores(images, texts)
     logits = match_logits(images, texts)
     return logits.sigmoid() if score.form == "sigmoid" else logits
 

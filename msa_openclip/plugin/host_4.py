@@ -78,7 +78,7 @@ class OpenClip4:
     def batches(self, args: Any, tokenizer: Any) -> Batches:
         """Dicts, of dicts and tensors alone, which the host moves to the device; texts are cut to the longest one of
         the batch where the text tower takes it so."""
-        from ..model.cached import to_dicts
+        from ..model.labelled import to_dicts
 
         def batch(images: Any, texts: Any) -> dict[str, Any]:
             images, texts = to_dicts(images, texts)

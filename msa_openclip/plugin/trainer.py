@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import FunctionType, ModuleType
 from typing import Any
 
+from ..config import MSACfg
 from ..distributed import unwrapped
 from .configs import msa_settings
 from .host import Host
@@ -99,7 +100,8 @@ def extend_train_data(data: ModuleType) -> None:
         wanted = os.environ.get(LOADER_VARIABLE, "msa")
         if wanted not in ("msa", "all"):
             raise ValueError(f"{LOADER_VARIABLE}: {wanted!r} is unknown; choose msa or all.")
-        is_msa = msa_settings(getattr(args, "model", ""), getattr(args, "cache_dir", None)) is not None
+        msa_cfg = msa_settings(getattr(args, "model", ""), getattr(args, "cache_dir", None))
+        is_msa = msa_cfg is not None
         if wanted == "msa" and not is_msa:
             return original(args, *positional, **named)
         from ..training import loader
@@ -115,6 +117,7 @@ def extend_train_data(data: ModuleType) -> None:
                 **{name: value for name, value in given.items() if name in known},
                 batches=host.batches(args, tokenizer),
                 reorder=functools.partial(host.reorder, args, tokenizer),
+                classes=is_msa and MSACfg.from_dict(msa_cfg).loss.needs_classes,
             )
         if args.train_data and not given["is_train"]:
             from ..training.validation import prepare

@@ -88,7 +88,7 @@ def _opened(model: LoadedModel, shards: list[str], folder: str, options: Feature
 
 def _write_shard(model: LoadedModel, url: str, target: str, options: FeatureOptions) -> dict[str, int]:
     tally = Tally()
-    samples = list(read_share(Share(url), tally))
+    samples = list(read_share(Share(url), tally, metadata=True))
     texts = _encode_captions(model, samples, url, options)
     images = _encode_images(model, samples, tally, url, options)
     written = 0
@@ -98,6 +98,8 @@ def _write_shard(model: LoadedModel, url: str, target: str, options: FeatureOpti
             packed = pack(views, torch.stack(ids), torch.stack(features), tokens)
             _add(tar, f"{sample['__key__']}.txt", "\n".join(sample["captions"]).encode())
             _add(tar, f"{sample['__key__']}.{MEMBER}", packed)
+            if "metadata" in sample:
+                _add(tar, f"{sample['__key__']}.json", sample["metadata"])
             written += 1
     if tally.examples:
         _log.warning("%s: %d samples left out:\n  %s", url, tally.problems, tally)

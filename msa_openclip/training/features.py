@@ -4,6 +4,7 @@
     FOLDER/NAME.tar             one for each shard of images, under its name, with the same samples in the same order
         KEY.txt                 the captions, a line each
         KEY.features            safetensors of one sample, the fields of `pack`
+        KEY.json                what the shard of images says of it: the scene class
     FOLDER/sizes.json           written last
 
 They are WebDataset shards, so the loader reads them as it reads images: from any store, by any number of readers,

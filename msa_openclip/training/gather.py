@@ -47,6 +47,8 @@ class Gather:
         """Concatenate over ranks, (B, ...) -> (world_size B, ...); each part's gradient is the sum of all ranks'."""
         if self.world_size == 1:
             return x
+        if not x.numel():  # some backends take no empty tensors
+            return x.new_empty(len(x) * self.world_size, *x.shape[1:])
         gathered: Tensor = _Concatenate.apply(x, self.world_size)
         return gathered
 

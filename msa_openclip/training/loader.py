@@ -15,14 +15,17 @@ from functools import partial
 from itertools import chain, repeat
 from typing import Any
 
+import torch
 import webdataset as wds
 from open_clip_train.data import DataInfo, ResampledShards2, SharedEpoch, detshuffle2, expand_urls, get_dataset_size
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.filters import default_collation_fn
 
+from ..model.labelled import LabelledTexts
 from ..shards.storage.tars import IMAGE_MEMBERS
 from .features import FeatureRows, feature_rows
-from .samples import Sample, Tally, decode, draw_caption, look_at_first_sample, read_share
+from .samples import Sample, Tally, class_of, decode, draw_caption, look_at_first_sample, read_share
 from .shares import LoaderWorker, ShardDataError, Share, part_of, sample_range, shard_sizes, shuffled, whole_shards
 
 _SHUFFLE = {"bufsize": 5000, "initial": 1000}  # encoded samples in memory, as in open_clip
@@ -59,6 +62,8 @@ class ShardBatches(IterableDataset[Any]):
     """In training: of samples with token ids under `text`, still encoded."""
     features: FeatureRows | None = None
     """How to read shards of features; None: they hold images."""
+    classes: bool = False
+    """In training: texts come with the scene classes of their images, as `LabelledTexts`."""
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
@@ -70,7 +75,9 @@ class ShardBatches(IterableDataset[Any]):
         )
         tally = Tally()
         rows = self._training_rows(reader, tally) if self.is_train else self._validation_rows(reader, tally)
-        collate = {"collation_fn": self.features.collate} if self.features else {}
+        collate: dict[str, Any] = {"collation_fn": self.features.collate} if self.features else {}
+        if self.classes:
+            collate = {"collation_fn": self._with_classes}
         yield from wds.batched(self.batch_size, partial=True, **collate)(rows)
         yield tally
 
@@ -103,9 +110,10 @@ class ShardBatches(IterableDataset[Any]):
                     continue
                 if self.features:
                     draw = random.Random(f"view/{self.seed}/{epoch}/{sample['__key__']}")
-                    yield self.features.row(image, sample["captions"], sample["caption"], draw)
+                    row = self.features.row(image, sample["captions"], sample["caption"], draw)
                 else:
-                    yield image, sample["text"]
+                    row = image, sample["text"]
+                yield (*row, class_of(sample)) if self.classes else row
                 missing -= 1
                 if not missing:
                     return
@@ -113,6 +121,12 @@ class ShardBatches(IterableDataset[Any]):
                     first.append(sample)
             if not tally.usable:
                 raise tally.nothing_usable(f"{self.urls[0]} and {len(self.urls) - 1} more shards")
+
+    def _with_classes(self, rows: list[tuple[Any, ...]]) -> tuple[Any, LabelledTexts]:
+        """Rows that end in a class -> one batch."""
+        collate = self.features.collate if self.features else default_collation_fn
+        images, texts = collate([row[:-1] for row in rows])
+        return images, LabelledTexts(texts, torch.tensor([row[-1] for row in rows]))
 
     def _with_text(self, samples: Iterable[Sample], epoch: int) -> Iterable[Sample]:
         """Samples with the token ids of the caption that is theirs in this epoch, in the order of `reorder`."""
@@ -141,7 +155,7 @@ class ShardBatches(IterableDataset[Any]):
 
     def _samples(self, shares: Iterator[Share], tally: Tally) -> Iterator[Sample]:
         members = self.features.members if self.features else IMAGE_MEMBERS
-        return chain.from_iterable(read_share(share, tally, members=members) for share in shares)
+        return chain.from_iterable(read_share(share, tally, members=members, metadata=self.classes) for share in shares)
 
     def _image(self, sample: Sample, tally: Tally) -> Any:
         """The pixels of a sample, or its features; None if they cannot be decoded."""
@@ -167,11 +181,13 @@ def get_wds_dataset(
     tokenizer: Any = None,
     batches: Callable[[Tensor, Tensor], Any] = lambda images, texts: (images, texts),
     reorder: Callable[[SharedEpoch], Callable[[Iterable[Sample]], Iterable[Sample]] | None] = lambda epoch: None,
+    classes: bool = False,
 ) -> DataInfo:
     """As open_clip_train.data's function of this name, for shards in the `image` and the `pair` layout.
 
     On top of its arguments: `batches` makes what the trainer takes of images and token ids, `reorder`, given the
-    epoch, says how training orders samples that have been read and worded.
+    epoch, says how training orders samples that have been read and worded; with `classes` training texts are
+    `LabelledTexts`.
 
     Training promises, where every shard is named by a sizes.json beside it: in an epoch each sample once, and fewer
     than one global batch of them twice, for any number of shards, workers and ranks; an image that cannot be decoded is
@@ -218,6 +234,7 @@ def get_wds_dataset(
         max_pixels=getattr(args, "max_image_pixels", None) or None,
         reorder=reorder(shared_epoch) if is_train and not features else None,  # features are of one length
         features=features,
+        classes=classes and is_train,
     )
     loader = wds.WebLoader(
         dataset, batch_size=None, shuffle=False, num_workers=args.workers, persistent_workers=args.workers > 0

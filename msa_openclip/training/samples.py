@@ -17,7 +17,9 @@ from open_clip_train.data import group_by_keys_nothrow
 from PIL import Image
 from webdataset.tariterators import base_plus_ext
 
+from ..data.small_files import FileProblem, parse_json
 from ..data.streams import StreamError, open_shard
+from ..model.labelled import class_number
 from ..shards.imagery.prepare import open_image
 from ..shards.readers.fields import encodable
 from ..shards.records import clean_caption
@@ -95,19 +97,25 @@ class Tally:
 
 
 def read_share(
-    share: Share, tally: Tally, *, fill_cache: bool = True, members: Sequence[str] = IMAGE_MEMBERS
+    share: Share,
+    tally: Tally,
+    *,
+    fill_cache: bool = True,
+    members: Sequence[str] = IMAGE_MEMBERS,
+    metadata: bool = False,
 ) -> Iterator[Sample]:
     """Samples of a share that have an image and captions, still encoded: `__key__`, `__url__`, `image`, `captions`.
 
-    `members` are the extensions that `image` may have.
+    `members` are the extensions that `image` may have.  With `metadata` KEY.json comes too.
 
     Raises:
         StreamError: the shard cannot be opened, or is damaged.
         ShardDataError: the first PATIENCE samples are all unusable.
     """
+    wanted = (*members, "txt", *(["json"] if metadata else []))
     try:
         with open_shard(share.url, fill_cache=fill_cache) as file:
-            for group in group_by_keys_nothrow(_members(file, share, tally, members)):
+            for group in group_by_keys_nothrow(_members(file, share, tally, wanted)):
                 sample = _usable(group, tally, members)
                 if sample is not None:
                     yield sample
@@ -140,7 +148,7 @@ def look_at_first_sample(urls: Sequence[str], members: Sequence[str] = IMAGE_MEM
 _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset passes over
 
 
-def _members(file: IO[bytes], share: Share, tally: Tally, images: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _members(file: IO[bytes], share: Share, tally: Tally, extensions: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The members of the share as webdataset has them: `fname`, `data` (None if it is of no use here), `__url__`."""
     mode = "r:*" if hasattr(file, "seek") else "r|*"
     index, last_key = -1, None
@@ -155,7 +163,7 @@ def _members(file: IO[bytes], share: Share, tally: Tally, images: Sequence[str])
                 continue
             if share.stop is not None and index >= share.stop and share.stop != share.size:
                 return
-            wanted = extension.lower() in (*images, "txt")
+            wanted = extension.lower() in extensions
             yield {"fname": info.name, "data": content(tar, info) if wanted else None, "__url__": share.url}
     if share.size not in (None, index + 1):
         tally.note(share.url, "sizes.json is wrong", f"it says {share.size} samples, the shard has {index + 1}")
@@ -182,7 +190,8 @@ def _usable(members: Sample, tally: Tally, images: Sequence[str]) -> Sample | No
         tally.reject(members, "captions are blank", passed=tally.complete)
         return None
     tally.complete += 1
-    return {"__key__": members["__key__"], "__url__": members["__url__"], "image": image, "captions": captions}
+    sample = {"__key__": members["__key__"], "__url__": members["__url__"], "image": image, "captions": captions}
+    return sample | {"metadata": members["json"]} if "json" in members else sample
 
 
 def decode(data: bytes, max_pixels: int | None = None) -> Image.Image:
@@ -196,6 +205,26 @@ def decode(data: bytes, max_pixels: int | None = None) -> Image.Image:
         if max_pixels is not None and image.width * image.height > max_pixels:
             raise ValueError(f"{image.width} x {image.height} pixels, --max-image-pixels is {max_pixels}")
         return image.convert("RGB")
+
+
+def class_of(sample: Sample) -> int:
+    """`class_number` of the scene class of a sample that was read with its metadata.
+
+    Raises:
+        ShardDataError: it has none.
+    """
+    where = f"{sample['__url__']}: sample {sample['__key__']}"
+    content = sample.get("metadata")
+    try:
+        name = parse_json(content, where).get("class") if content else None
+    except (FileProblem, AttributeError) as error:
+        raise ShardDataError(f"{where}: its JSON is not readable ({error}); build the shard again.") from error
+    if not isinstance(name, str):
+        raise ShardDataError(
+            f'{where}: has no class, and msa_cfg.loss.same_class_weight compares classes. Name the "class" of each '
+            "image in the captions and build the shards (and features) again, or set the key to 1."
+        )
+    return class_number(name)
 
 
 def draw_caption(captions: list[str], key: str, seed: int, epoch: int) -> str:

@@ -18,7 +18,8 @@ from helpers.host import DEFAULTS, HAS_TASKS, loss_of
 from torch import nn
 
 from msa_openclip import MSALoss
-from msa_openclip.model.cached import CachedImages, CachedTexts, Source, from_dicts
+from msa_openclip.model.cached import CachedImages, CachedTexts, Source
+from msa_openclip.model.labelled import LabelledTexts, from_dicts
 from msa_openclip.plugin.host import has, note_lacking, takes, uses
 from msa_openclip.plugin.installed import installed
 from msa_openclip.training.shares import ShardDataError
@@ -157,6 +158,18 @@ def test_cached_outputs_of_towers_move_to_the_device_with_the_batch(monkeypatch:
     assert (texts.ids.dtype, texts.mask.dtype) == (torch.int64, torch.bool)
     output = model.to(device="meta", dtype=torch.bfloat16).train()(**moved)
     assert {value.device.type for value in output.values()} == {"meta"}
+
+
+@only_4
+def test_scene_classes_move_to_the_device_with_the_texts() -> None:
+    task, args = task_of("MSA-tiny-ViT")
+    images, texts = tiny.images(task.trainable_module, 3), tiny.texts(3)
+    batch = installed().batches(args, None)(images, LabelledTexts(texts, torch.tensor([4, 5, 4])))
+    moved = task.prepare_batch(batch, torch.device("meta"), torch.float32)
+    assert task.batch_size(moved) == 3
+    _, labelled = from_dicts(moved["image"], moved["text"])
+    assert isinstance(labelled, LabelledTexts)
+    assert {labelled.texts.device.type, labelled.classes.device.type} == {"meta"}
 
 
 class Tokens:

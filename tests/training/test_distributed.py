@@ -20,15 +20,24 @@ from torch.nn.parallel import DistributedDataParallel
 
 from msa_openclip import MSACLIP, MSALoss
 from msa_openclip.config import MSACfg
-from msa_openclip.model.mscmat import IMAGE_SIDE_KEYS, TEXT_SIDE_KEYS
+from msa_openclip.model.labelled import LabelledTexts
+from msa_openclip.model.mscmat import IMAGE_SIDE_KEYS, TEXT_SIDE_KEYS, fused_scores
+from msa_openclip.training.pair_weights import Contrast
 
 VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16}
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
 SCALES = [{"stage": 1, "pool": "max"}, {"stage": 2, "pool": "avg"}]
+ELIMINATES = {"eliminated_share": 0.5, "eliminate_after": 0}
+MIXED = {"clean_below": 0.17, "noisy_from": 0.2}  # of this batch's pairs some are clean, some ambiguous, some wrong
 PRESETS: dict[str, dict[str, Any]] = {
     "all terms": {"image_scales": SCALES, "heads": 2, "loss": {"match_weight": 0.25, "consistency_weight": 0.25}},
     "paper": {"preset": "paper", "image_scales": SCALES, "heads": 2},
     "match": {"image_scales": SCALES, "heads": 2, "loss": {"global_weight": 0, "fused_weight": 0, "match_weight": 1}},
+    "rrsitr": {"preset": "rrsitr", "image_scales": SCALES, "heads": 2, "loss": MIXED},
+    "ebaker": {"preset": "ebaker", "image_scales": SCALES, "heads": 2, "width": 8, "loss": ELIMINATES},
+    "galr": {"preset": "galr", "image_scales": SCALES},
+    "amfmn": {"preset": "amfmn", "image_scales": SCALES, "width": 8},
+    "ssjdn": {"preset": "ssjdn", "image_scales": SCALES},
 }
 MODES = {
     "local": {"local_loss": True, "gather_with_grad": True},
@@ -59,9 +68,21 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def whole_batch(preset: str) -> tuple[float, dict[str, Tensor]]:
     model, images, texts = model_and_batch(preset)
-    loss = MSALoss(model.msa_cfg)(**model(images, texts))
+    loss = loss_of(model)(**model(images, labelled(texts)))
     loss.backward()
     return loss.item(), gradients(model)
+
+
+def loss_of(model: MSACLIP, **mode: Any) -> MSALoss:
+    """The loss in the middle of a training: it remembers pairs, some of which were more alike than these."""
+    loss = MSALoss(model.msa_cfg, **mode)
+    loss.elimination.seen = torch.linspace(-0.2, 0.5, 9)
+    return loss
+
+
+def labelled(texts: Tensor) -> LabelledTexts:
+    """Texts with scene classes, two captions of every class at least."""
+    return LabelledTexts(texts, texts.argmax(dim=1))
 
 
 def run_rank(rank: int, world_size: int, preset: str, folder: str) -> None:
@@ -72,7 +93,7 @@ def run_rank(rank: int, world_size: int, preset: str, folder: str) -> None:
             model, images, texts = model_and_batch(preset)
             wrapped = DistributedDataParallel(model)
             part = slice(rank * BATCH // world_size, (rank + 1) * BATCH // world_size)
-            loss = MSALoss(model.msa_cfg, **mode, rank=rank, world_size=world_size, accum_freq=accum_freq)
+            loss = loss_of(model, **mode, rank=rank, world_size=world_size, accum_freq=accum_freq)
             losses = accumulate(wrapped, loss, images[part], texts[part])
             torch.save((losses, gradients(wrapped)), f"{folder}/{name}-{accum_freq}-{rank}.pt")
     finally:
@@ -80,7 +101,9 @@ def run_rank(rank: int, world_size: int, preset: str, folder: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("preset", "world_size"), [("all terms", 2), ("all terms", 3), ("paper", 2), ("paper", 3), ("match", 2)]
+    ("preset", "world_size"),
+    [("all terms", 2), ("all terms", 3), ("paper", 2), ("paper", 3), ("match", 2)]
+    + [(method, 2) for method in ("rrsitr", "ebaker", "galr", "amfmn", "ssjdn")],
 )
 def test_ranks_agree_with_one_process(preset: str, world_size: int, tmp_path: Path) -> None:
     """In every mode and with micro-batches; `local_loss` alone drops gradients of global features, but of no scores."""
@@ -189,7 +212,8 @@ def test_ranks_compare_captions_of_different_lengths(tmp_path: Path) -> None:
 
 def accumulate(model: torch.nn.Module, loss_function: MSALoss, images: Tensor, texts: Tensor) -> list[float]:
     """The loop of open_clip_train.train: features cached without gradient, then one backward a micro-batch."""
-    parts = list(zip(images.chunk(loss_function.accum_freq), texts.chunk(loss_function.accum_freq), strict=True))
+    chunks = zip(images.chunk(loss_function.accum_freq), texts.chunk(loss_function.accum_freq), strict=True)
+    parts = [(pixels, labelled(ids)) for pixels, ids in chunks]
     with torch.no_grad():
         cached = [{k: v for k, v in model(*part).items() if k != "logit_scale"} for part in parts]
     losses = []
@@ -205,12 +229,29 @@ def accumulate(model: torch.nn.Module, loss_function: MSALoss, images: Tensor, t
     return losses
 
 
+def test_the_batch_holds_pairs_of_every_kind() -> None:
+    model, images, texts = model_and_batch("ebaker")
+    loss, output = loss_of(model), model(images, texts)
+    block, _ = loss._blocks(output["image_features"], output["text_features"], *loss._sides(output), output["text_ids"])
+    scores = fused_scores(block.cosine, block.match, output["logit_scale"], model.msa_cfg.ranking)
+    kept = scores.diag() >= loss.elimination.seen.median()
+    assert 0 < int(kept.sum()) < BATCH
+    model, images, texts = model_and_batch("rrsitr")
+    loss, output = loss_of(model), model(images, texts)
+    blocks = loss._blocks(output["image_features"], output["text_features"], *loss._sides(output), output["text_ids"])
+    scale = output["logit_scale"]
+    cosines = Contrast(1.0, scale * blocks[0].cosine, scale * blocks[1].cosine)
+    fused = Contrast(1.0, *(fused_scores(b.cosine, b.match, scale, model.msa_cfg.ranking) for b in blocks))
+    rows = (cosines.rows(blocks[0].positive) + fused.rows(blocks[0].positive)) / 2 / scale
+    assert {int(row >= MIXED["clean_below"]) + int(row >= MIXED["noisy_from"]) for row in rows} == {0, 1, 2}
+
+
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 @pytest.mark.parametrize("accum_freq", [2, 3])
 def test_accumulation_agrees_with_the_whole_batch(preset: str, accum_freq: int) -> None:
     expected_loss, expected = whole_batch(preset)
     model, images, texts = model_and_batch(preset)
-    losses = accumulate(model, MSALoss(model.msa_cfg, accum_freq=accum_freq), images, texts)
+    losses = accumulate(model, loss_of(model, accum_freq=accum_freq), images, texts)
     assert losses == pytest.approx([expected_loss] * accum_freq, rel=1e-9)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-9, msg=lambda m: f"{name}: {m}")  # noqa: B023

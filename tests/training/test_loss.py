@@ -104,9 +104,9 @@ def test_paper_preset_reproduces_the_released_numbers(seed: int, batch: int) -> 
     assert inputs["tokens"].grad.norm().item() == pytest.approx(float(golden["grad_tokens"]), rel=1e-4)
 
 
-def block(cosine: Tensor, positive: Tensor | None = None, match: Tensor | None = None) -> ScoreBlock:
-    pair = torch.arange(len(cosine))
-    return ScoreBlock(cosine, match, torch.eye(len(cosine), dtype=torch.bool) if positive is None else positive, pair)
+def block(cosine: Tensor, positive: Tensor | None = None, match: Tensor | None = None, **more: Any) -> ScoreBlock:
+    pair, own = torch.arange(len(cosine)), torch.eye(len(cosine), dtype=torch.bool)
+    return ScoreBlock(cosine, match, own if positive is None else positive, pair, **more)
 
 
 def test_contrastive_term_is_open_clips_loss() -> None:
@@ -122,15 +122,15 @@ def test_contrastive_term_is_open_clips_loss() -> None:
 def test_triplet_term_by_hand() -> None:
     cosine = torch.tensor([[0.9, 0.6, 0.1], [0.2, 0.1, 0.3], [0.0, 0.4, 0.9]])
     # rows: 0.5 - 0.9 + 0.6, 0.5 - 0.1 + 0.3, 0.5 - 0.9 + 0.4
-    assert triplet_term(block(cosine), 0.5).item() == pytest.approx(0.2 + 0.7 + 0.0, abs=1e-6)
+    assert triplet_term(block(cosine, margin=0.5)).item() == pytest.approx(0.2 + 0.7 + 0.0, abs=1e-6)
 
 
 def test_triplet_term_never_takes_an_identical_caption_for_a_negative() -> None:
     cosine = torch.tensor([[0.5, 0.9, 0.1], [0.9, 0.5, 0.2], [0.3, 0.4, 0.6]], requires_grad=True)
     positive = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
-    term = triplet_term(block(cosine, positive), 0.5)
+    term = triplet_term(block(cosine, positive, margin=0.5))
     assert term.item() == pytest.approx((0.5 - 0.5 + 0.1) + (0.5 - 0.5 + 0.2) + (0.5 - 0.6 + 0.4), abs=1e-6)
-    everything = triplet_term(block(cosine, torch.ones_like(positive)), 0.5)
+    everything = triplet_term(block(cosine, torch.ones_like(positive), margin=0.5))
     everything.backward()
     assert everything.item() == 0
     assert cosine.grad is not None
