@@ -26,9 +26,10 @@ import random
 import shutil
 import tarfile
 import time
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load, save
@@ -216,11 +217,32 @@ def train(out: Path, on: str, name: str, rate: float, seed: int, noise: float) -
     return folder / "checkpoints" / f"epoch_{EPOCHS[on]}.pt"
 
 
+class Asked:
+    """A locked tower that remembers what it said: it says the same after every run, and most of the time is its."""
+
+    answers: ClassVar[dict[tuple[str, int], Any]] = {}
+
+    def __init__(self, name: str, tower: Callable[..., Any]) -> None:
+        self.name, self.tower = name, tower
+
+    def __call__(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        asked = kwargs["input_ids"] if inputs is None else inputs
+        key = self.name, hash(asked.numpy().tobytes())
+        if key not in self.answers:
+            given = () if inputs is None else (inputs,)
+            self.answers[key] = self.tower(*given, *args, **kwargs)
+        return self.answers[key]
+
+
 def rate_checkpoint(out: Path, on: str, name: str, checkpoint: Path) -> dict[str, Any]:
     """Recalls on val and test by ranking, of test also by seen and unseen captions, with intervals."""
     model = load_model(f"methods-{name}={checkpoint}")
+    inner = model.scorer.model
+    inner.visual.trunk.forward_intermediates = Asked("image", inner.visual.trunk.forward_intermediates)
+    inner.visual.trunk.forward = Asked("image alone", inner.visual.trunk.forward)
+    inner.text.transformer.forward = Asked("text", inner.text.transformer.forward)
     found: dict[str, Any] = {}
-    known = read_train_captions(shard_pattern(out / on / "shards", "train"))
+    known = read_train_captions(str(out / f"{on}.json"))
     for split in ("val", "test"):
         images = read_shards(shard_pattern(out / on / "shards", split))
         data = EvalSet(images, f"{on} {split}", known if split == "test" else None)
