@@ -29,13 +29,16 @@ import time
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from heads_report import difference
 from safetensors.torch import load, save
+from ucm_accuracy import mean_sd
 
 from msa_openclip import EvalSet, evaluate, read_shards
 from msa_openclip.evaluation.loading import load as load_model
+from msa_openclip.evaluation.scorer import main_ranking
 from msa_openclip.evaluation.seen_captions import read_train_captions
 from msa_openclip.steps import CLI, run, shard_pattern
 
@@ -307,8 +310,90 @@ def main() -> None:
         report(args.results)
 
 
+PUBLISHED = {
+    "amfmn": "46.1 / 15.5",
+    "galr": "- / 19.0",
+    "rrsitr": "- / 32.8",
+    "ebaker": "- / 45.1",
+    "paper": "- / 21.4",
+}
+"""mR on UCM / RSICD, from the papers (paper: MSA run again by others): other towers, data and mostly other splits."""
+
+
+class Cell(NamedTuple):
+    """Runs of one method on one set at one noise, by seed, at the rate that val chose with seed 0."""
+
+    rate: float
+    rates: int
+    """How many rates were tried."""
+    lines: dict[int, dict[str, Any]]
+
+    def values(self, part: str, ranking: str | None = None) -> list[float]:
+        """mR of test by seed; of the main ranking unless told otherwise."""
+        found = (line["recalls"] for _, line in sorted(self.lines.items()))
+        return [recalls[f"test/{part}/{ranking or main_of(recalls)}"]["mR"] for recalls in found]
+
+    def interval(self) -> str:
+        """Over images, of the first seed."""
+        recalls = next(iter(self.lines.values()))["recalls"]
+        low, high = recalls[f"test/all/{main_of(recalls)}"]["mR_interval"]
+        return f"{low:.1f} to {high:.1f}"
+
+
+def main_of(recalls: dict[str, Any]) -> str:
+    """The ranking by which a model is compared."""
+    return main_ranking({key.rsplit("/", 1)[1] for key in recalls})
+
+
+def cell_of(lines: list[dict[str, Any]], on: str, name: str, noise: float) -> Cell | None:
+    """The runs of a cell; None if there is none."""
+    own = [line for line in lines if (line["on"], line["method"], line["noise"]) == (on, name, noise)]
+    if not own:
+        return None
+    first = [line for line in own if line["seed"] == min(other["seed"] for other in own)]
+    best = max(first, key=lambda line: line["recalls"][f"val/all/{main_of(line['recalls'])}"]["mR"])
+    chosen = {line["seed"]: line for line in own if line["rate"] == best["rate"]}
+    return Cell(best["rate"], len({line["rate"] for line in own}), chosen)
+
+
 def report(path: Path) -> None:
     """Print the tables."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for on in dict.fromkeys(line["on"] for line in lines):
+        rows = [
+            ["method", "mR", "95 %, images", "seen", "unseen", "global", "- clip (seeds)", "rate (of)", "published"]
+        ]
+        rows.append(["---"] * len(rows[0]))
+        clip = cell_of(lines, on, "clip", 0.0)
+        for name in METHODS:
+            cell = cell_of(lines, on, name, 0.0)
+            if cell is None:
+                continue
+            parts = [mean_sd(cell.values(part)) for part in ("seen captions", "unseen captions")]
+            gain = difference(by_seed(cell), by_seed(clip)) if clip and name != "clip" else ""
+            rate = f"{cell.rate:g} ({cell.rates})"
+            alone = mean_sd(cell.values("all", "global"))
+            own = [name, mean_sd(cell.values("all")), cell.interval(), *parts, alone, gain, rate]
+            rows.append([*own, PUBLISHED.get(name, "")])
+        print_table(on, rows)
+        noises = sorted({line["noise"] for line in lines if line["on"] == on})
+        if len(noises) > 1:
+            curves = [["method", *(f"{noise:.0%} shuffled" for noise in noises)], ["---"] * (1 + len(noises))]
+            for name in METHODS:
+                cells = [cell_of(lines, on, name, noise) for noise in noises]
+                if sum(cell is not None for cell in cells) > 1:
+                    curves.append([name, *("" if cell is None else mean_sd(cell.values("all")) for cell in cells)])
+            print_table(f"{on}, shuffled captions", curves)
+
+
+def by_seed(cell: Cell) -> dict[int, float]:
+    """mR of test."""
+    return dict(zip(sorted(cell.lines), cell.values("all"), strict=True))
+
+
+def print_table(name: str, rows: list[list[str]]) -> None:
+    """As Markdown."""
+    print(f"{name}\n", *(f"| {' | '.join(row)} |" for row in rows), "", sep="\n")
 
 
 if __name__ == "__main__":
