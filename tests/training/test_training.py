@@ -7,17 +7,21 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 from helpers import tiny
+from helpers.host import HAS_TASKS
 
 from msa_openclip.shards.command_line import main as shards
 
 MODEL = "MSA-tiny-ViT"
 SCENES = 64
+
+only_4 = pytest.mark.skipif(not HAS_TASKS, reason="open_clip 4.x is not installed")
 
 
 @pytest.fixture(scope="module", params=["pair", "image"])
@@ -124,11 +128,69 @@ def test_options_of_open_clip(train, scene_shards, arguments) -> None:  # type: 
     assert_learned(train(scene_shards["pair"], "--epochs", "2", *arguments))
 
 
+def assert_saved_whole(run: Run, epoch: int) -> None:
+    """Under the names and in the shapes of a model that was neither compiled nor sharded."""
+    state = torch.load(run.checkpoints / f"epoch_{epoch}.pt", weights_only=True)["state_dict"]
+    open_clip.create_model(MODEL).load_state_dict(state)
+
+
 def test_compiled_training(train, scene_shards) -> None:  # type: ignore[no-untyped-def]
     run = train(scene_shards["pair"], "--torchcompile", "--epochs", "2")
     assert_learned(run)
-    state = torch.load(run.checkpoints / "epoch_2.pt", weights_only=True)["state_dict"]
-    open_clip.create_model(MODEL).load_state_dict(state)
+    assert_saved_whole(run, 2)
+
+
+# ---- what 4.x alone has
+
+
+@only_4
+@pytest.mark.parametrize("strategy", ["model", "step"])
+def test_what_is_compiled(strategy: str, train, scene_shards) -> None:  # type: ignore[no-untyped-def]
+    data = scene_shards["pair"]
+    compiled = ("--torchcompile", "--torchcompile-strategy", strategy, "--torchcompile-backend", "aot_eager")
+    run = train(data, "--epochs", "2", *compiled, "--val-data", f"{data}/val-000000.tar")
+    assert_learned(run)
+    assert_saved_whole(run, 2)
+    assert len((run.checkpoints / "results.jsonl").read_text().splitlines()) == 2
+
+
+@only_4
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("--torchcompile", "--torchcompile-backend", "aot_eager"),
+        ("--grad-checkpointing", "--precision", "amp_bf16"),
+    ],
+    ids=lambda arguments: arguments[0].strip("-") if arguments else "plain",
+)
+def test_sharded_training(arguments, train, scene_shards) -> None:  # type: ignore[no-untyped-def]
+    data = scene_shards["pair"]
+    options = ("--fsdp", "--local-loss", "--gather-with-grad", "--batch-size", "8", "--epochs", "2")
+    run = train(data, *options, *arguments, "--val-data", f"{data}/val-000000.tar", ranks=2)
+    assert "FSDP2: sharding 5 submodules" in run.log
+    assert_learned(run)
+    assert_saved_whole(run, 2)
+    assert len((run.checkpoints / "results.jsonl").read_text().splitlines()) == 2
+
+
+@only_4
+def test_texts_as_long_as_each_batch_has_them(train, scene_shards, tiny_bert, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Cutting them changes no loss; put in order of their length they make other batches."""
+    text = {"context_length": 13, "vocab_size": len(tiny.VOCABULARY), "width": 16, "heads": 2, "layers": 1, "pad_id": 0}
+    text |= {"text_arch": "modern", "pool_type": "eos", "eos_id": 3, "hf_tokenizer_name": str(tiny_bert)}
+    for name, variable in (("whole", False), ("cut", True)):
+        content = tiny.config("ViT", text={**text, "variable_text": variable}, msa={})
+        tiny.write_config(tmp_path, f"texts-{name}", content)
+    run = partial(train, scene_shards["pair"], "--epochs", "1", MSA_OPENCLIP_CONFIGS=str(tmp_path))
+    whole, cut = (run(model=f"texts-{name}", name=name) for name in ("whole", "cut"))
+    assert cut.losses() == pytest.approx(whole.losses(), rel=1e-4)
+    ordered = run("--length-bucketing", model="texts-cut", name="ordered")
+    assert len(ordered.losses()) == len(cut.losses())
+    assert ordered.losses()[0] != pytest.approx(cut.losses()[0], rel=1e-4)
+
+
+# ---- runs that go on, start from others, or are refused
 
 
 def test_resume_goes_on_where_it_stopped(train, scene_shards) -> None:  # type: ignore[no-untyped-def]
