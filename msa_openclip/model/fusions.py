@@ -57,5 +57,5 @@ class WeighedScales(nn.Module):
         """(I, E) and S of (I, C_s) -> (I, E)."""
         mapped = [linear(z) for linear, z in zip(self.project, pooled, strict=True)]
         local = torch.stack(mapped).sum(dim=0)
-        first, second = self.weigh(torch.cat([feature, local], dim=1)).softmax(dim=1).split(1, dim=1)
-        return first * feature + second * local
+        weights: Tensor = self.weigh(torch.cat([feature, local], dim=1)).softmax(dim=1)
+        return weights[:, :1] * feature + weights[:, 1:] * local

@@ -154,7 +154,7 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         image, text = from_dicts(image, text)
         classes = None
         if isinstance(text, LabelledTexts):
-            text, classes = text.texts, text.classes
+            classes, text = text.classes, text.texts
         if isinstance(image, CachedImages) and isinstance(text, CachedTexts):
             self._require_own_features(image.source)
             text = text.to(dtype=image.feature.dtype)  # the trainer casts images alone

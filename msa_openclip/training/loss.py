@@ -224,15 +224,15 @@ class MSALoss(nn.Module):
         cfg, ranking = self.msa_cfg.loss, self._trained_ranking()
         contrasts = {}
         if cfg.global_term == "infonce":
-            logits = logit_scale * per_image.cosine, logit_scale * per_text.cosine
-            contrasts["contrastive_loss"] = Contrast(cfg.global_weight, *logits)
+            cosines = logit_scale * per_image.cosine, logit_scale * per_text.cosine
+            contrasts["contrastive_loss"] = Contrast(cfg.global_weight, *cosines)
         if cfg.fused_weight:
             factor = logit_scale if cfg.fused_scaled else 1.0
-            logits = tuple(
+            fused = [
                 factor * fused_scores(block.cosine, block.match, logit_scale, ranking)
                 for block in (per_image, per_text)
-            )
-            contrasts["fused_loss"] = Contrast(cfg.fused_weight, *logits)
+            ]
+            contrasts["fused_loss"] = Contrast(cfg.fused_weight, *fused)
         positive, pair = per_image.positive, per_image.pair
         if cfg.pair_weights == "self_paced":
             return {"paced_loss": self_paced_loss(list(contrasts.values()), positive, pair, logit_scale.detach(), cfg)}
