@@ -27,6 +27,13 @@ class CaptionedImage:
     """May be empty: the image then only distracts."""
     label: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """What else shards know of it: `geo` (crs, bounds, gsd_m), `meta`."""
+    """What else shards know of it: `geo` (crs, bounds, gsd_m), `meta`, `dates` (a list, null where unknown)."""
     content: str = field(default="", compare=False)
     """What tells this image from others of its name, and from a later version of itself; empty if not computed."""
+    later: tuple[Location, ...] = ()
+    """Where the same place at later dates lies, in their order."""
+
+    @property
+    def locations(self) -> tuple[Location, ...]:
+        """Of all dates; one as a rule."""
+        return (self.location, *self.later)
