@@ -46,7 +46,7 @@ class SeriesFusion(nn.Module):
     def __init__(self, channels: int, dates: int) -> None:
         super().__init__()
         self.heads = math.gcd(channels, _HEADS)
-        self.positions = nn.Parameter(0.02 * torch.randn(dates, channels))
+        self.positions = nn.Parameter(torch.randn(dates, channels))  # as large as what they join
         self.query = nn.Parameter(torch.randn(channels))
         self.key = nn.Linear(channels, channels, bias=False)  # a bias would cancel in the softmax
         self.value = nn.Linear(channels, channels)
