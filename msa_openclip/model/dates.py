@@ -88,7 +88,7 @@ class DateFusion(nn.Module):
 
     def _by_sample(self, x: Tensor) -> Tensor:
         """(I * D, C) -> (I, D, C)."""
-        return x.unflatten(0, (-1, self.dates))
+        return x.reshape(-1, self.dates, x.shape[-1])
 
 
 def flat_dates(image: Tensor, dates: int) -> Tensor:

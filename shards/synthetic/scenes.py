@@ -7,7 +7,7 @@ are named in the captions, so that a caption tells its image from the others of 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,21 +90,32 @@ def synthesize(
     rows = []
     jobs = [(split, index) for split in SPLITS for index in range(counts.get(split, 0))]
     for split, index in tqdm(jobs, desc="drawing", unit=" scenes", disable=not progress):
-        stem = f"{split}_{index:06d}"
-        if dates == 1:
-            drawn = scene(index, seed=seed, split=split, size_px=size_px)
-            files: dict[str, Any] = {"filename": f"images/{stem}.jpg"}
-            drawn.image.save(images / f"{stem}.jpg", quality=93)
-        else:
-            drawn = change(index, dates=dates, seed=seed, split=split, size_px=size_px)
-            years = [str(2000 + date) for date in range(dates)]
-            files = {"filenames": [f"images/{stem}_{year}.jpg" for year in years], "dates": years}
-            for year, image in zip(years, drawn.images, strict=True):
-                image.save(images / f"{stem}_{year}.jpg", quality=93)
-        sentences = [{"raw": caption} for caption in drawn.captions]
-        rows.append(files | {"split": split, "class": drawn.label, "sentences": sentences})
+        pictures, row = _drawn(index, seed, split, size_px, dates)
+        for name, image in pictures.items():
+            image.save(images / name, quality=93)
+        rows.append(row)
     path.write_text(json.dumps({"dataset": _NAME, "images": rows}), encoding="utf-8")
     return str(path)
+
+
+def _drawn(
+    index: int, seed: int, split: str, size_px: int, dates: int
+) -> tuple[dict[str, Image.Image], dict[str, Any]]:
+    """The pictures of a scene by file name, and its row of the caption file."""
+    stem = f"{split}_{index:06d}"
+    if dates == 1:
+        image, label, captions = scene(index, seed=seed, split=split, size_px=size_px)
+        pictures, files = {f"{stem}.jpg": image}, {"filename": f"images/{stem}.jpg"}
+        return pictures, {**files, "split": split, "class": label, "sentences": _sentences(captions)}
+    taken, label, captions = change(index, dates=dates, seed=seed, split=split, size_px=size_px)
+    years = [str(2000 + date) for date in range(dates)]
+    pictures = {f"{stem}_{year}.jpg": image for year, image in zip(years, taken, strict=True)}
+    listed = {"filenames": [f"images/{name}" for name in pictures], "dates": years}
+    return pictures, {**listed, "split": split, "class": label, "sentences": _sentences(captions)}
+
+
+def _sentences(captions: Iterable[str]) -> list[dict[str, str]]:
+    return [{"raw": caption} for caption in captions]
 
 
 def _captions(facts: Facts, rng: np.random.Generator) -> tuple[str, ...]:
