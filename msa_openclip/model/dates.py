@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .towers import Images
+
 _HEADS = 8
 """Of the attention over dates, where the channels allow."""
 
@@ -91,7 +93,7 @@ class DateFusion(nn.Module):
         return x.reshape(-1, self.dates, x.shape[-1])
 
 
-def flat_dates(image: Tensor, dates: int) -> Tensor:
+def flat_dates(image: Images, dates: int) -> Tensor:
     """Samples (I, D, 3, h, w) -> images (I * D, 3, h, w).
 
     Raises:
