@@ -35,6 +35,15 @@ class Location:
     column: str | None = None
     window: tuple[int, int, int, int] | None = None
 
+    def to_row(self) -> dict[str, Any]:
+        """As plain data."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @staticmethod
+    def from_row(row: Mapping[str, Any]) -> Location:
+        """The inverse of `to_row`."""
+        return Location(**{**row, "window": tuple(row["window"]) if row.get("window") else None})
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -81,25 +90,17 @@ class Record:
     def to_line(self) -> bytes:
         """One JSON line, the form in which the plan keeps records on disk."""
         row = {name: getattr(self, name) for name in self.__slots__ if name != "later"}
-        row["image"] = _location_row(self.image)
+        row["image"] = self.image.to_row()
         if self.later:  # records of one date keep the lines, and their builds the mark, that they always had
-            row["later"] = [_location_row(place) for place in self.later]
+            row["later"] = [place.to_row() for place in self.later]
         return json.dumps(row, separators=(",", ":")).encode() + b"\n"
 
     @staticmethod
     def from_line(line: bytes) -> Record:
         """The inverse of `to_line`."""
         row = json.loads(line)
-        image, *later = map(_location, (row.pop("image"), *row.pop("later", ())))
+        image, *later = map(Location.from_row, (row.pop("image"), *row.pop("later", ())))
         return Record(image=image, captions=tuple(row.pop("captions")), later=tuple(later), **row)
-
-
-def _location_row(place: Location) -> dict[str, Any]:
-    return {name: getattr(place, name) for name in place.__slots__}
-
-
-def _location(row: dict[str, Any]) -> Location:
-    return Location(**row | {"window": tuple(row["window"]) if row["window"] else None})
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,20 +51,30 @@ def _load(image: CaptionedImage, place: Location) -> Image.Image:
         raise EvalDataError(f"{place.url}: image {image.image_id} cannot be read: {error}") from error
 
 
-def stack_dates(images: Sequence[Image.Image], preprocess: Preprocess) -> Tensor:
-    """The images of a place -> (dates, 3, h, w); a random `preprocess` draws the same crop, flip, ... for all of them.
+def dates_of(picture: Image.Image | Sequence[Image.Image]) -> list[Image.Image]:
+    """The pictures of a place in order of date, as RGB; one as a rule."""
+    pictures = [picture] if isinstance(picture, Image.Image) else picture
+    return [one.convert("RGB") for one in pictures]
+
+
+def preprocessed(pictures: Sequence[Image.Image], preprocess: Preprocess) -> Tensor:
+    """RGB pictures of one place in order of date -> (3, h, w) of a single one, (dates, 3, h, w) of several.
+
+    A random `preprocess` draws the same crop, flip, ... for all of them.
 
     Raises:
         ValueError: they are of different sizes, so that equal crops would be of different places.
     """
-    shard_images.require_one_size(image.size for image in images)
+    if len(pictures) == 1:
+        return preprocess(pictures[0])
+    shard_images.require_one_size(picture.size for picture in pictures)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()
     pixels = []
-    for image in images:
+    for picture in pictures:
         torch.set_rng_state(before[0])
         random.setstate(before[1])
         np.random.set_state(before[2])
-        pixels.append(preprocess(image))
+        pixels.append(preprocess(picture))
     return torch.stack(pixels)
 
 
@@ -76,7 +86,7 @@ def image_pixels(image: CaptionedImage, preprocess: Preprocess) -> Tensor:
     """
     decoded = load_dates(image)
     try:
-        return stack_dates(decoded, preprocess) if image.later else preprocess(decoded[0])
+        return preprocessed(decoded, preprocess)
     except Exception as error:  # a picture of one row and a million columns, for example
         raise EvalDataError(f"{image.location.url}: image {image.image_id} cannot be preprocessed: {error}") from error
 

@@ -22,7 +22,7 @@ from ..shards.readers import formats as readers
 from ..shards.readers import intake
 from ..shards.records import Location, Rejection, clean_caption
 from ..shards.storage import store, tars
-from .captioned import CaptionedImage, EvalDataError
+from .captioned import CaptionedImage, EvalDataError, later_dates
 from .small_files import FileProblem, parse_json, require_regular
 from .streams import StreamError, open_shard, read_location, retrying, version_of
 
@@ -111,8 +111,8 @@ def _read_shard(url: str) -> Iterator[CaptionedImage]:
             captions = tuple(filter(None, map(clean_caption, text.splitlines())))
             location, *later = (Location(place_url, image.offset, image.size) for image in images)
             known: dict[str, Any] = {name: metadata[name] for name in ("geo", "meta", "dates") if name in metadata}
-            label = metadata.get("class")
-            yield CaptionedImage(image_id, location, captions, label, known, content, tuple(later))
+            known |= later_dates(later)
+            yield CaptionedImage(image_id, location, captions, metadata.get("class"), known, content)
 
 
 def _digest(data: bytes) -> str:
@@ -202,8 +202,8 @@ def read_captions(
         if isinstance(record, Rejection):
             refused += [record] if record.reason not in ("blank caption", "no captions") else []
         else:
-            image = CaptionedImage(record.image_id, record.image, record.captions, record.label, later=record.later)
-            found.append(image)
+            known = later_dates(record.later)
+            found.append(CaptionedImage(record.image_id, record.image, record.captions, record.label, known))
     if refused:
         first = refused[0]
         raise EvalDataError(f"{captions}: {len(refused)} unusable, first {first.file}: {first.reason}, {first.detail}.")

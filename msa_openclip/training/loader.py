@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import default_collation_fn
 
-from ..data.pixels import stack_dates
+from ..data.pixels import preprocessed
 from ..model.labelled import LabelledTexts
 from ..shards.storage.tars import IMAGE_MEMBERS
 from .features import FeatureRows, feature_rows
@@ -166,10 +166,9 @@ class ShardBatches(IterableDataset[Any]):
         try:
             if self.features:
                 image: Any = self.features.decode(sample)
-            elif self.dates > 1:
-                image = stack_dates([decode(data, self.max_pixels) for data in sample["image"]], self.preprocess)
             else:
-                image = self.preprocess(decode(sample["image"], self.max_pixels))
+                encoded = sample["image"] if self.dates > 1 else [sample["image"]]
+                image = preprocessed([decode(data, self.max_pixels) for data in encoded], self.preprocess)
         except Exception as error:  # Pillow raises nearly everything for one broken file or another
             detail = f"{type(error).__name__}: {error}"
             tally.reject(sample, "image cannot be decoded", detail, passed=tally.usable)

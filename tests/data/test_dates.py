@@ -13,7 +13,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageOps
 
 from msa_openclip.data.captioned import EvalDataError
-from msa_openclip.data.pixels import image_pixels, load_dates, load_image, stack_dates
+from msa_openclip.data.pixels import image_pixels, load_dates, load_image, preprocessed
 from msa_openclip.data.readers import read_captions, read_shards
 from msa_openclip.shards.synthetic.scenes import synthesize
 
@@ -34,11 +34,11 @@ def test_dates_are_augmented_alike_and_samples_are_not(aug_cfg: dict[str, object
     torch.manual_seed(0)
     random.seed(0)
     image = noise(1)
-    first = stack_dates([image, image, image], augment)
+    first = preprocessed([image, image, image], augment)
     assert first.shape == (3, 3, 32, 32)
     assert first[1].equal(first[0])
     assert first[2].equal(first[0])
-    second = stack_dates([image, image], augment)
+    second = preprocessed([image, image], augment)
     assert not second[0].equal(first[0])
 
 
@@ -47,7 +47,7 @@ def test_what_is_drawn_does_not_depend_on_the_number_of_dates() -> None:
     after = []
     for dates in (1, 2, 5):
         torch.manual_seed(3)
-        stack_dates([noise(1)] * dates, augment)
+        preprocessed([noise(1)] * dates, augment)
         after.append(torch.rand(()))
     assert len(set(map(float, after))) == 1
 
@@ -58,13 +58,13 @@ def test_a_crop_is_of_the_same_place_at_both_dates() -> None:
     )
     image = noise(2)
     torch.manual_seed(1)
-    before, after = stack_dates([image, ImageOps.invert(image)], augment)
+    before, after = preprocessed([image, ImageOps.invert(image)], augment)
     assert (before + after - 1).abs().max() < 0.03  # a negative stays one wherever it is cut out
 
 
 def test_dates_of_different_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="40 x 40, 30 x 30"):
-        stack_dates([noise(1), noise(2, 30)], lambda image: torch.zeros(1))
+        preprocessed([noise(1), noise(2, 30)], lambda image: torch.zeros(1))
 
 
 def write(path: Path, *groups: list[tuple[str, bytes]]) -> str:
