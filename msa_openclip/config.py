@@ -17,6 +17,8 @@ LARGEST_WIDTH = 65_536
 """Of MSCMAT: a hundred times those of the largest towers; beyond it a slip of the pen asks for all memory there is."""
 LARGEST, SMALLEST = 1e6, 1e-6
 """Bounds of weights and temperatures: what lies beyond overflows in half precision, and no training needs it."""
+MOST_DATES = 64
+"""Images of a sample: each goes through the image tower."""
 
 _T = TypeVar("_T")
 
@@ -152,6 +154,9 @@ class MSACfg:
     width: int | None = None
     """Width D of MSCMAT; null: embed_dim."""
     heads: int = 8
+    dates: int = 1
+    """Images of a sample, of one place in order of date: 2 for change pairs, more for time series.  The towers are
+    shared; each scale and the tower's feature are fused over the dates (docs/method.md, section 1.7)."""
     fusion: Fusion = "both"
     """Global image feature: of the tower, of the scales (docs/method.md, section 1.2), tower plus scales; of scales
     that suppress what the others say (`decoupled`), or a weighing of tower and scales for each image (`dynamic`)."""
@@ -171,6 +176,7 @@ class MSACfg:
         _require(stages == sorted(stages), "image_scales", stages, "stages ordered from shallow to deep")
         _require(self.width is None or self.width > 0, "width", self.width, "a positive number or null")
         _require(self.heads > 0, "heads", self.heads, "a positive number")
+        _require(1 <= self.dates <= MOST_DATES, "dates", self.dates, f"1 to {MOST_DATES}")
         for name in ("width", "heads", "fusion_hidden"):
             _require((getattr(self, name) or 1) <= LARGEST_WIDTH, name, getattr(self, name), f"at most {LARGEST_WIDTH}")
         if self.width is not None:

@@ -17,12 +17,15 @@ def link_for_clip_benchmark(folder: str, out: str) -> str:
     Returns:
         The `--dataset` argument under which CLIP_benchmark finds it.
     Raises:
-        ShardError: the layout is `pair`, whose captions CLIP_benchmark would take for images of their own; OUT and the
-            shards lie in one another; or a file of somebody else stands where a shard would come.
+        ShardError: the layout is `pair`, whose captions CLIP_benchmark would take for images of their own; samples have
+            several dates; OUT and the shards lie in one another; or a file of somebody else stands where a shard would
+            come.
     """
     content = manifest.read(folder)
     if content["layout"] != "image":
         raise ShardError(f"{folder}: layout {content['layout']}; CLIP_benchmark wants layout image: reshard it first.")
+    if "dates" in content:
+        raise ShardError(f"{folder}: samples of {content['dates']} dates; CLIP_benchmark knows one image a sample.")
     if store.overlap(folder, out):
         raise ShardError(
             f"{out}: is the folder of the shards, lies in it or holds it; choose a folder apart from {folder}."

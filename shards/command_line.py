@@ -196,6 +196,8 @@ def _add_synthesize(commands: Commands) -> None:
         add_number(command, f"--{split}", f"scenes of split {split}", default=count, least=0)
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the scenes (default: %(default)s)")
     add_number(command, "--size-px", "side of the images", default=96, least=32)
+    text = "images of each place; with 2 and more one thing changes between two of them, or nothing does"
+    add_number(command, "--dates", text, default=1)
     command.add_argument("--shards", choices=("image", "pair"), help="write shards of this layout instead of files")
     add_progress(command)
 
@@ -207,7 +209,8 @@ def _synthesize(parsed: argparse.Namespace) -> None:
     counts = {"train": parsed.train, "val": parsed.val, "test": parsed.test}
     with tempfile.TemporaryDirectory() as scratch:
         folder = scratch if parsed.shards else parsed.out
-        path = synthesize(folder, counts, seed=parsed.seed, size_px=parsed.size_px, progress=parsed.progress)
+        drawing = {"seed": parsed.seed, "size_px": parsed.size_px, "dates": parsed.dates, "progress": parsed.progress}
+        path = synthesize(folder, counts, **drawing)
         if parsed.shards:
             options = BuildOptions(layout=parsed.shards, seed=parsed.seed)
             print(build(path, parsed.out, options=options, progress=parsed.progress).text())

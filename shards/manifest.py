@@ -32,9 +32,12 @@ def fingerprint(options: BuildOptions, plan_digest: str) -> str:
 
 
 def make(
-    options: BuildOptions, mark: str, results: Iterable[ShardResult], rejections: list[Rejection]
+    options: BuildOptions, mark: str, results: Iterable[ShardResult], rejections: list[Rejection], dates: int = 1
 ) -> dict[str, Any]:
-    """The manifest of `results` in their order; nothing in it varies between two equal builds."""
+    """The manifest of `results` in their order; nothing in it varies between two equal builds.
+
+    It says how many `dates` a sample has if these are several.
+    """
     shards = [result.entry() for result in results]
     splits = {}
     for split in SPLITS:
@@ -48,6 +51,7 @@ def make(
         "fingerprint": mark,
         "seed": options.seed,
         "layout": options.layout,
+        **({"dates": dates} if dates > 1 else {}),
         "options": options.to_dict(),
         "versions": versions,
         "splits": splits,
@@ -95,7 +99,7 @@ _SPLIT = {"shards": int, "pattern": str, "samples": int, "images": int, "caption
 def _check(content: dict[str, Any]) -> None:
     """What readers of a manifest rely on: its parts are there, of their types, and name nothing outside the folder."""
     parts = {"fingerprint": str, "layout": str, "options": dict, "splits": dict, "rejected": dict, "shards": list}
-    _check_fields(content, parts, "")
+    _check_fields({"dates": 1, **content}, parts | {"dates": int}, "")
     _check_fields(content["rejected"], dict.fromkeys(content["rejected"], int), "rejected.")
     for split, row in content["splits"].items():
         if split not in SPLITS:

@@ -7,7 +7,7 @@ from typing import Any
 
 from .records import SPLITS, ShardError
 
-KINDS = ("auto", "karpathy", "nwpu", "precomp", "table", "folder", "tar", "hf")
+KINDS = ("auto", "karpathy", "levir-cc", "nwpu", "precomp", "table", "folder", "tar", "hf")
 PILLOW_BOMB_LIMIT = 178_956_970  # Pillow itself refuses images of more pixels
 
 

@@ -35,12 +35,22 @@ class Location:
     column: str | None = None
     window: tuple[int, int, int, int] | None = None
 
+    def to_row(self) -> dict[str, Any]:
+        """As plain data."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @staticmethod
+    def from_row(row: Mapping[str, Any]) -> Location:
+        """The inverse of `to_row`."""
+        return Location(**{**row, "window": tuple(row["window"]) if row.get("window") else None})
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One image as a reader found it: nothing is cleaned, looked up or checked yet.
 
-    A name in `image` is looked up in the image folder; a `Location` is used as it is.  `meta` joins the sample's JSON.
+    A name in `image` is looked up in the image folder; a `Location` is used as it is.  `later` are images of the same
+    place at later dates, in their order.  `meta` joins the sample's JSON.
     """
 
     image: str | Location
@@ -50,6 +60,12 @@ class Entry:
     image_id: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
     source: str | None = None
+    later: tuple[str | Location, ...] = ()
+
+    @property
+    def images(self) -> tuple[str | Location, ...]:
+        """The images in order of date; one as a rule."""
+        return (self.image, *self.later)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +79,28 @@ class Record:
     split: str
     label: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    later: tuple[Location, ...] = ()
+    """Images of the same place at later dates, in their order."""
+
+    @property
+    def images(self) -> tuple[Location, ...]:
+        """The images in order of date; one as a rule."""
+        return (self.image, *self.later)
 
     def to_line(self) -> bytes:
         """One JSON line, the form in which the plan keeps records on disk."""
-        row = {name: getattr(self, name) for name in self.__slots__}
-        row["image"] = {name: getattr(self.image, name) for name in self.image.__slots__}
+        row = {name: getattr(self, name) for name in self.__slots__ if name != "later"}
+        row["image"] = self.image.to_row()
+        if self.later:  # records of one date keep the lines, and their builds the mark, that they always had
+            row["later"] = [place.to_row() for place in self.later]
         return json.dumps(row, separators=(",", ":")).encode() + b"\n"
 
     @staticmethod
     def from_line(line: bytes) -> Record:
         """The inverse of `to_line`."""
         row = json.loads(line)
-        place = row.pop("image")
-        place["window"] = tuple(place["window"]) if place["window"] else None
-        return Record(image=Location(**place), captions=tuple(row.pop("captions")), **row)
+        image, *later = map(Location.from_row, (row.pop("image"), *row.pop("later", ())))
+        return Record(image=image, captions=tuple(row.pop("captions")), later=tuple(later), **row)
 
 
 @dataclass(frozen=True, slots=True)

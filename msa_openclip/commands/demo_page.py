@@ -12,12 +12,12 @@ from typing import Any
 
 from PIL import Image
 
-from ..data.pixels import load_image
+from ..data.pixels import load_dates, load_image
 from ..data.readers import are_bounds
 from ..explain.explanation import explain
 from ..explain.figure import figure, view
 from ..search.filters import SearchFilter
-from ..search.searcher import Hit, Searcher
+from ..search.searcher import Hit, Picture, Searcher
 from ..shards.output import printable
 
 TITLE = "Search aerial images"
@@ -32,7 +32,7 @@ class DemoError(ValueError):
     """Gradio or matplotlib is missing."""
 
 
-def find(searcher: Searcher, text: str, image: Image.Image | None, classes: str) -> list[Hit]:
+def find(searcher: Searcher, text: str, image: Picture | None, classes: str) -> list[Hit]:
     """The answers to the sentence, or to the image where no sentence was typed; classes are separated by commas."""
     names = frozenset(name.strip() for name in classes.split(",") if name.strip())
     where = SearchFilter(classes=names) if names else None
@@ -59,8 +59,8 @@ def reasons(searcher: Searcher, hit: Hit, text: str) -> tuple[Any, str]:
     metadata = f"<b>{escape(printable(hit.image.image_id))}</b>, cosine {hit.cosine:.3f}<ul>{captions}</ul>"
     if not text.strip() or not searcher.scorer.has_match:
         return None, metadata
-    image, model = load_image(hit.image), searcher.index.model
-    return figure(explain(model, image, text), view(model, image)), metadata
+    pictures, model = load_dates(hit.image), searcher.index.model
+    return figure(explain(model, pictures, text), view(model, pictures)), metadata
 
 
 def chart(hits: Sequence[Hit]) -> Any:
@@ -162,10 +162,13 @@ def page(searcher: Searcher) -> Any:
     except ImportError as error:
         raise DemoError(f"{error.name} is missing: pip install 'msa_openclip[demo]'.") from error
 
-    def search(text: str, image: Image.Image | None, classes: str) -> tuple[Any, ...]:
-        hits = find(searcher, text, image, classes)
+    dates = searcher.scorer.dates
+
+    def search(text: str, classes: str, *pictures: Image.Image | None) -> tuple[Any, ...]:
+        given = [picture for picture in pictures if picture is not None]
+        hits = find(searcher, text, given if len(given) == dates else None, classes)
         placed = chart(hits)
-        note = "" if hits else "Nothing found." if text.strip() or image else "Type a sentence or drop a picture."
+        note = "" if hits else "Nothing found." if text.strip() or given else "Type a sentence or drop a picture."
         return tiles(hits), hits, note, gr.update(value=placed, visible=placed is not None), None
 
     def clicked(hits: list[Hit], text: str, event: Any) -> tuple[Any, str]:
@@ -179,7 +182,8 @@ def page(searcher: Searcher) -> Any:
                 text = gr.Textbox(label="Sentence", placeholder="many planes are parked beside a terminal")
                 classes = gr.Textbox(label="Classes (optional, with commas)")
                 button = gr.Button("Search", variant="primary")
-            image = gr.Image(label="or a picture", type="pil", height=240, scale=1)
+            labels = ["or a picture"] if dates == 1 else [f"or pictures: date {date + 1}" for date in range(dates)]
+            images = [gr.Image(label=label, type="pil", height=240, scale=1) for label in labels]
         hits = gr.State([])
         with gr.Row():
             with gr.Column(scale=3):
@@ -191,6 +195,6 @@ def page(searcher: Searcher) -> Any:
         why = gr.Plot(show_label=False)
         gr.HTML(f"<style>{_STYLE}</style>", padding=False)
         for ask in (button.click, text.submit):
-            ask(search, [text, image, classes], [gallery, hits, metadata, positions, why])
+            ask(search, [text, classes, *images], [gallery, hits, metadata, positions, why])
         gallery.select(clicked, [hits, text], [why, metadata])
     return blocks

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ..shards.arguments import Commands, add_command
+from ..shards.exit_codes import UsageError
 from ..shards.output import printable
 from .options import MODEL, add_device
 
@@ -22,10 +23,15 @@ def add(commands: Commands) -> None:
         run,
         "words and places behind the score of an image and a text",
         description="Per scale: each word's exact share of the score, and where in the image the scale looked.",
-        examples=["msa-openclip explain MSA-ViT-B=epoch_9.pt tile.jpg 'planes beside a terminal' --figure why.png"],
+        examples=[
+            "msa-openclip explain MSA-ViT-B=epoch_9.pt tile.jpg 'planes beside a terminal' --figure why.png",
+            "msa-openclip explain MSA-Pairs=epoch_9.pt 2015.jpg 2020.jpg 'the forest became houses'",
+        ],
     )
     command.add_argument("model", metavar="MODEL", help=f"an MSA model: {MODEL}")
-    command.add_argument("image", metavar="IMAGE", help="image file")
+    command.add_argument(
+        "images", metavar="IMAGE", nargs="+", help="image file; of a model of several dates one of each"
+    )
     command.add_argument("text", metavar="TEXT", help="what it is to be compared with")
     command.add_argument("--figure", metavar="FILE", help="draw it (.png, .svg, .pdf; needs matplotlib)")
     command.add_argument("--json", metavar="FILE", help="write it as data")
@@ -42,12 +48,14 @@ def run(parsed: argparse.Namespace) -> None:
     from ..shards.records import Location
     from .inputs import load_model
 
-    image = load_image(CaptionedImage(parsed.image, Location(parsed.image), ()))
+    pictures = [load_image(CaptionedImage(path, Location(path), ())) for path in parsed.images]
     model = load_model(parsed.model, parsed)
-    explanation = explain(model, image, parsed.text)
+    if len(pictures) != model.scorer.dates:
+        raise UsageError(f"{len(pictures)} images, the model takes {model.scorer.dates} (msa_cfg.dates)")
+    explanation = explain(model, pictures, parsed.text)
     print(_text(explanation))
     if parsed.figure:
-        figure(explanation, view(model, image)).savefig(parsed.figure, dpi=120)
+        figure(explanation, view(model, pictures)).savefig(parsed.figure, dpi=120)
     if parsed.json:
         content = asdict(explanation)
         for scale in content["scales"]:

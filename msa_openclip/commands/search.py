@@ -36,7 +36,13 @@ def add(commands: Commands) -> None:
     )
     command.add_argument("index", metavar="INDEX", help="folder of the index")
     command.add_argument("queries", nargs="*", metavar="TEXT", help="what to look for")
-    command.add_argument("--like", nargs="+", default=[], metavar="FILE", help="find images like these")
+    command.add_argument(
+        "--like",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="find images like these (of several dates: one file of each)",
+    )
     command.add_argument("--describe", nargs="+", default=[], metavar="FILE", help="find captions for these images")
     add_number(command, "-k", "answers a query", default=10)
     add_number(command, "--candidates", "the nearest by global features that MSCMAT scores", default=CANDIDATES)
@@ -78,18 +84,30 @@ def run(parsed: argparse.Namespace) -> None:
     remember(index.model)
     searcher = Searcher(index, candidates=parsed.candidates, nearest=nearest(index, parsed.nearest))
     where = _filter(parsed)
-    names = parsed.queries or [*parsed.like, *parsed.describe]
+    names = parsed.queries
     if parsed.queries:
         names = [line.rstrip("\n") for line in sys.stdin] if names == ["-"] else names
         answers = searcher.by_text(names, parsed.k, where)
     else:
-        answers = searcher.by_image(_images(parsed.like), parsed.k, where)
-        answers += searcher.texts_of(_images(parsed.describe), parsed.k)
+        dates = searcher.scorer.dates
+        like, describe = _samples("--like", parsed.like, dates), _samples("--describe", parsed.describe, dates)
+        answers = searcher.by_image([_pictures(paths) for paths in like], parsed.k, where)
+        answers += searcher.texts_of([_pictures(paths) for paths in describe], parsed.k)
+        names = [" ".join(paths) for paths in (*like, *describe)]
     for name, hits in zip(names, answers, strict=True):
         print(json.dumps({"query": name, "hits": [_row(hit) for hit in hits]}) if parsed.json else _text(name, hits))
 
 
-def _images(paths: Sequence[str]) -> list[Image.Image]:
+def _samples(option: str, paths: Sequence[str], dates: int) -> list[Sequence[str]]:
+    """The files of each sample, one of each date."""
+    if len(paths) % dates:
+        raise UsageError(
+            f"{option}: {len(paths)} files, where the index has samples of {dates} dates; name one of each"
+        )
+    return [paths[start : start + dates] for start in range(0, len(paths), dates)]
+
+
+def _pictures(paths: Sequence[str]) -> list[Image.Image]:
     from ..data.captioned import CaptionedImage
     from ..data.pixels import load_image
     from ..shards.records import Location

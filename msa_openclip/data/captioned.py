@@ -6,7 +6,7 @@ reads the bytes of its own share.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,25 @@ class CaptionedImage:
     """May be empty: the image then only distracts."""
     label: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """What else shards know of it: `geo` (crs, bounds, gsd_m), `meta`."""
+    """What else shards know of it: `geo` (crs, bounds, gsd_m), `meta`; of a place at several dates `dates` (a list,
+    null for unknown ones) and `later`, rows of the locations behind the first.  Indexes keep it as it is."""
     content: str = field(default="", compare=False)
     """What tells this image from others of its name, and from a later version of itself; empty if not computed."""
+
+    @property
+    def locations(self) -> tuple[Location, ...]:
+        """Where the images of all dates lie, in their order; one as a rule.
+
+        Raises:
+            EvalDataError: `later` of the metadata, out of a damaged index, is no list of locations.
+        """
+        try:
+            return (self.location, *map(Location.from_row, self.metadata.get("later", ())))
+        except (TypeError, AttributeError) as error:
+            raise EvalDataError(f"{self.location.url}: image {self.image_id}: its later dates are damaged.") from error
+
+
+def later_dates(places: Iterable[Location]) -> dict[str, Any]:
+    """The entry of an image's metadata for its dates behind the first; nothing if there are none."""
+    rows = [place.to_row() for place in places]
+    return {"later": rows} if rows else {}

@@ -22,7 +22,7 @@ from ..shards.readers import formats as readers
 from ..shards.readers import intake
 from ..shards.records import Location, Rejection, clean_caption
 from ..shards.storage import store, tars
-from .captioned import CaptionedImage, EvalDataError
+from .captioned import CaptionedImage, EvalDataError, later_dates
 from .small_files import FileProblem, parse_json, require_regular
 from .streams import StreamError, open_shard, read_location, retrying, version_of
 
@@ -37,15 +37,20 @@ def read_shards(shards: str | Sequence[str]) -> list[CaptionedImage]:
         shards: URLs, with braces and `::` as open_clip has them; read as the trainer reads them, with retries and
             through the cache; what `pipe:` commands put out is copied to a temporary file.
     Raises:
-        EvalDataError: a shard cannot be read, or a sample lacks its image or text.
+        EvalDataError: a shard cannot be read, a sample lacks its image or text, or has more or fewer dates than others.
     """
     urls = expand(shards) if isinstance(shards, str) else list(shards)
     found: dict[tuple[str, str], CaptionedImage] = {}
+    first: CaptionedImage | None = None
     for url in urls:
         try:
             for image in _read_shard(url):
                 identity = (image.image_id, image.content)
                 known = found.get(identity)
+                first = first or image
+                if len(image.locations) != len(first.locations):
+                    counts = f"{len(image.locations)} dates, {first.image_id} has {len(first.locations)}"
+                    raise EvalDataError(f"{url}: {image.image_id} has {counts}; read sets of one number of dates.")
                 captions = (*known.captions, *image.captions) if known else image.captions
                 found[identity] = replace(known or image, captions=captions)
         except StreamError as error:
@@ -90,20 +95,23 @@ def _read_shard(url: str) -> Iterator[CaptionedImage]:
     with _seekable(url) as (file, place_url):
         for key, group in list(tars.samples(file)):
             members = {member.extension: member for member in group}
-            image = tars.image_of(members)
-            if image is None or "txt" not in members:
+            images = tars.images_of(members)
+            if not images or "txt" not in members:
                 raise EvalDataError(
                     f"{url}: sample {key} has {', '.join(sorted(members))}; it needs KEY.txt and one of "
                     f"{', '.join('KEY.' + name for name in tars.IMAGE_MEMBERS)}, or open_clip would drop it in "
                     "silence. Build the shards with `msa-openclip shards`."
                 )
             text = tars.read_member(file, members["txt"]).decode()
-            content = _digest(tars.read_member(file, image))
+            content = _digest(b"".join(tars.read_member(file, image) for image in images))
             metadata = _metadata(tars.read_member(file, members["json"]) if "json" in members else b"{}", url, key)
+            if len(metadata.get("dates") or images) != len(images):
+                raise EvalDataError(f"{url}: sample {key}: {len(images)} images, its JSON says {metadata['dates']}.")
             image_id = metadata.get("image_id") or f"sha256:{content}"
             captions = tuple(filter(None, map(clean_caption, text.splitlines())))
-            location = Location(place_url, image.offset, image.size)
-            known: dict[str, Any] = {name: metadata[name] for name in ("geo", "meta") if name in metadata}
+            location, *later = (Location(place_url, image.offset, image.size) for image in images)
+            known: dict[str, Any] = {name: metadata[name] for name in ("geo", "meta", "dates") if name in metadata}
+            known |= later_dates(later)
             yield CaptionedImage(image_id, location, captions, metadata.get("class"), known, content)
 
 
@@ -132,6 +140,7 @@ def _metadata(data: bytes, url: str, key: str) -> dict[str, Any]:
         ("class", str, "a text"),
         ("geo", dict, "an object"),
         ("meta", dict, "an object"),
+        ("dates", list, "a list"),
     )
     for field, type_, expected in fields:
         if found.get(field) is None:
@@ -193,7 +202,8 @@ def read_captions(
         if isinstance(record, Rejection):
             refused += [record] if record.reason not in ("blank caption", "no captions") else []
         else:
-            found.append(CaptionedImage(record.image_id, record.image, record.captions, record.label))
+            known = later_dates(record.later)
+            found.append(CaptionedImage(record.image_id, record.image, record.captions, record.label, known))
     if refused:
         first = refused[0]
         raise EvalDataError(f"{captions}: {len(refused)} unusable, first {first.file}: {first.reason}, {first.detail}.")

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..data.pixels import Preprocess
 from ..data.small_files import read_json, require_regular
-from ..model.msaclip import MSA_PREFIXES, MSACLIP
+from ..model.msaclip import DATE_PREFIXES, MSA_PREFIXES, MSACLIP
 from .run_parameters import model_options
 from .scorer import Scorer, Tokenizer
 
@@ -102,7 +102,7 @@ def load(
                 **_tokenizer_options(config, trust_remote_code),
             )
             if isinstance(model, MSACLIP) and pretrained not in (None, UNTRAINED) and not towers_only:
-                _require_trained_head(spec, str(pretrained))
+                _require_trained_head(spec, str(pretrained), model.msa_cfg.dates)
     except ModelError:
         raise
     except (
@@ -225,13 +225,18 @@ def _require_weights(spec: str, path: str) -> None:
         raise ModelError(f"{spec}: {path} is a pointer of Git LFS, not the file itself; run `git lfs pull`.")
 
 
-def _require_trained_head(spec: str, pretrained: str) -> None:
-    """Refuse weights of a plain CLIP model: they start a training well, but leave MSCMAT random."""
+def _require_trained_head(spec: str, pretrained: str, dates: int) -> None:
+    """Refuse weights of a plain CLIP model, or of one date: they start a training well, but leave a part random."""
     keys = load_state_dict(pretrained) if os.path.isfile(pretrained) else {}
     if not any(key.startswith(MSA_PREFIXES) for key in keys):
         raise ModelError(
             f"{spec}: these are weights of a plain CLIP model, MSA's own part would be random. "
             "Train it first (`--pretrained` of open_clip_train.main starts from them), or evaluate the plain model."
+        )
+    if dates > 1 and not any(key.startswith(DATE_PREFIXES) for key in keys):
+        raise ModelError(
+            f"{spec}: these are weights of a model of one date, the fusion of {dates} dates would be random. Train it "
+            "first; `--pretrained` of open_clip_train.main starts from them."
         )
 
 

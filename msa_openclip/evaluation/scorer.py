@@ -16,6 +16,7 @@ from open_clip import get_input_dtype
 from open_clip_train.precision import get_autocast
 from torch import Tensor, nn
 
+from ..data.captioned import EvalDataError
 from ..model.cached import locked_part
 from ..model.msaclip import MSACLIP
 from ..model.towers import pad_id, token_mask
@@ -119,6 +120,7 @@ class Scorer:
         self.device = next(model.parameters()).device
         self.input_dtype = get_input_dtype(precision)
         self._autocast = get_autocast(precision, device_type=self.device.type)
+        self.dates = model.msa_cfg.dates if isinstance(model, MSACLIP) else 1
         self.has_match = isinstance(model, MSACLIP) and model.mscmat is not None
         self.scales = len(model.mscmat.scales) if isinstance(model, MSACLIP) and model.mscmat is not None else 0
 
@@ -137,8 +139,8 @@ class Scorer:
         return main_ranking(self.rankings)
 
     def images(self, pixels: Tensor) -> EncodedImages:
-        """Encode preprocessed images (I, 3, h, w)."""
-        pixels = pixels.to(self.device, self.input_dtype)
+        """Encode preprocessed images (I, 3, h, w), or (I, dates, 3, h, w)."""
+        pixels = self._ready(pixels)
         with torch.inference_mode(), self._cast():
             if self.has_match:
                 feature, side = self.model.image_side(pixels)
@@ -147,7 +149,7 @@ class Scorer:
 
     def project(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """What an index keeps of images (I, 3, h, w): global features (I, E) and MSCMAT's vectors m (I, S, D)."""
-        pixels = pixels.to(self.device, self.input_dtype)
+        pixels = self._ready(pixels)
         with torch.inference_mode(), self._cast():
             if not self.has_match:
                 return _normalised(self.model.encode_image(pixels), "images"), None
@@ -206,6 +208,19 @@ class Scorer:
         rankings = len(self.rankings)
         attention = 0 if texts.side is None else texts.side.key.shape[2] * texts.side.key.shape[3]
         return 4 * (6 * attention + 4 * rankings) + 64
+
+    def _ready(self, pixels: Tensor) -> Tensor:
+        """Pixels on the device, in the precision of the model.
+
+        Raises:
+            EvalDataError: they are of another number of dates than the model takes.
+        """
+        dates = 1 if pixels.dim() == 4 else pixels.shape[1]
+        if dates != self.dates:
+            raise EvalDataError(
+                f"samples of {dates} date{'s' * (dates > 1)}, where the model takes {self.dates} (msa_cfg.dates)."
+            )
+        return pixels.to(self.device, self.input_dtype)
 
     def _cast(self) -> AbstractContextManager[Any]:
         context: AbstractContextManager[Any] = self._autocast()

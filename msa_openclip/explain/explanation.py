@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import ImageScale
+from ..data.pixels import dates_of, preprocessed
 from ..evaluation.loading import LoadedModel
 from ..pair_scores.formula import ImageSide, TextSide
 
@@ -50,7 +51,10 @@ class ScaleExplanation:
     image: float
     """r: what this image adds to every text."""
     positions: Tensor
-    """(h, w): where the scale looked, summing to 1; for max pooling the share of channels each position won."""
+    """(h, w): where the scale looked, summing to 1; for max pooling the share of channels each position won.
+
+    Of several dates (h, dates * w), side by side.
+    """
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,8 @@ class Explanation:
     scales: tuple[ScaleExplanation, ...]
 
 
-def explain(model: LoadedModel, picture: Image.Image, text: str) -> Explanation:
-    """Explain the score of a picture and a text.
+def explain(model: LoadedModel, picture: Image.Image | Sequence[Image.Image], text: str) -> Explanation:
+    """Explain the score of a picture, or of the pictures of a place in order of date, and a text.
 
     Raises:
         ExplainError: the model has no MSCMAT, or a score in its place, or the text is blank.
@@ -78,7 +82,7 @@ def explain(model: LoadedModel, picture: Image.Image, text: str) -> Explanation:
         raise ExplainError("the text is blank; write what to explain.")
     msa = model.scorer.model
     device = model.scorer.device
-    pixels = model.preprocess(picture.convert("RGB"))[None].to(device, model.scorer.input_dtype)
+    pixels = preprocessed(dates_of(picture), model.preprocess)[None].to(device, model.scorer.input_dtype)
     ids = model.tokenizer([text]).to(device)
     with torch.inference_mode():
         image_feature, image_side = msa.image_side(pixels)
@@ -121,26 +125,31 @@ def _explain_scale(
 
 
 def _positions(msa: Any, pixels: Tensor) -> list[Tensor]:
-    """(h, w) of each scale: how much of its pooled vector comes from each position."""
-    maps = msa.image_scales.maps(msa.visual, pixels).maps
+    """(h, dates * w) of each scale: how much of its pooled vectors comes from each position."""
+    images = pixels.flatten(0, -4)  # of all dates
+    maps = msa.image_scales.maps(msa.visual, images).maps
     found = []
     for number, (scale, slot) in enumerate(zip(msa.image_scales.scales, msa.image_scales.slots, strict=True)):
-        values = maps[slot][0].float()  # (L, C)
-        length, channels = values.shape
-        if scale.pool in ("max", "max_avg"):
-            share = torch.bincount(values.argmax(dim=0), minlength=length).float() / channels
-            if scale.pool == "max_avg":
-                share = (share + 1 / length) / 2
-        elif scale.pool == "learned":
-            pool = msa.image_scales.pools[str(number)]
-            share = (pool.query(maps[slot])[0, :, 0].float() / math.sqrt(channels)).softmax(dim=0)
-        else:  # the average looks everywhere alike, and what the class token saw is not in the map
-            share = torch.full((length,), 1 / length)
-        height = round(math.sqrt(length * pixels.shape[2] / pixels.shape[3]))
+        length = maps[slot].shape[1]
+        height = round(math.sqrt(length * images.shape[2] / images.shape[3]))
         if length % height:
             raise ExplainError(f"scale {number + 1}: {length} positions make no grid; is patch dropout on?")
-        found.append(share.reshape(height, -1).cpu())
+        shares = [_shares(msa, number, scale, of_date).reshape(height, -1) for of_date in maps[slot]]
+        found.append(torch.cat(shares, dim=1).cpu() / len(shares))
     return found
+
+
+def _shares(msa: Any, number: int, scale: ImageScale, positions: Tensor) -> Tensor:
+    """Shares (L,) of the positions (L, C) of a map in its pooled vector."""
+    length, channels = positions.shape
+    if scale.pool in ("max", "max_avg"):
+        share = torch.bincount(positions.float().argmax(dim=0), minlength=length).float() / channels
+        return share if scale.pool == "max" else (share + 1 / length) / 2
+    if scale.pool == "learned":
+        query = msa.image_scales.pools[str(number)].query
+        learned: Tensor = (query(positions)[:, 0].float() / math.sqrt(channels)).softmax(dim=0)
+        return learned
+    return torch.full((length,), 1 / length)  # the average looks everywhere; what the class token saw is not in the map
 
 
 def _words(tokenizer: Any, ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[str, list[int]]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
+from ..data.pixels import dates_of
 from ..evaluation.loading import LoadedModel
 from ..shards.output import printable
 from .explanation import ExplainError, Explanation
@@ -21,11 +23,14 @@ def literal(text: str) -> str:
     return shown.replace("$", r"\$")
 
 
-def view(model: LoadedModel, picture: Image.Image) -> Image.Image:
-    """The picture as the model sees it, scaled and cropped: what the positions of an explanation lie on."""
+def view(model: LoadedModel, picture: Image.Image | Sequence[Image.Image]) -> Image.Image:
+    """The picture as the model sees it, scaled and cropped: what the positions of an explanation lie on.
+
+    Of several dates side by side.
+    """
     visual = model.scorer.model.visual
     mean, sd = (torch.tensor(values).reshape(-1, 1, 1) for values in (visual.image_mean, visual.image_std))
-    seen = model.preprocess(picture.convert("RGB")) * sd + mean
+    seen = torch.cat([model.preprocess(one) * sd + mean for one in dates_of(picture)], dim=2)
     return Image.fromarray((255 * seen).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 

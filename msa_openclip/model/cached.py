@@ -118,8 +118,10 @@ def describe_towers(model: Any) -> dict[str, Any]:
     """Settings on which the outputs of a model's locked towers depend, and fingerprints of their weights by precision.
 
     Raises:
-        FeatureError: a part that is not locked works on whole maps, of which there is no one vector to keep.
+        FeatureError: a part that is not locked works on whole maps, of which there is no one vector to keep; or the
+            model takes several dates.
     """
+    _require_one_date(model)
     learned = any(isinstance(pool, LearnedPool) for pool in model.image_scales.pools.values())
     if learned or "pool" in dict(learning_head(model.visual).named_children()):
         what = "msa_cfg.image_scales: pool 'learned'" if learned else "vision_cfg.timm_pool: attention pooling"
@@ -130,6 +132,7 @@ def describe_towers(model: Any) -> dict[str, Any]:
 
 def check_towers(model: Any, source: Source) -> None:
     """Raise FeatureError unless the cached features are those of the model's own towers."""
+    _require_one_date(model)
     made_with = json.loads(source.towers)
     for key, value in _settings(model).items():
         if made_with[key] != value:
@@ -144,6 +147,14 @@ def check_towers(model: Any, source: Source) -> None:
         raise FeatureError(
             f"{source.folder}: made by towers with other weights than this model's. Start from the same ones "
             "(--pretrained, --pretrained-image), or make the features again with `msa-openclip features`."
+        )
+
+
+def _require_one_date(model: Any) -> None:
+    if model.msa_cfg.dates > 1:
+        raise FeatureError(
+            f"msa_cfg.dates: features are cached of one image a sample, the model takes {model.msa_cfg.dates}. Train "
+            "on the images; --lock-image and --lock-text work there too."
         )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..config import MSACfg
 from ..pair_scores.formula import ImageSide, TextSide
 from .cached import CachedImages, CachedTexts, Source, check_towers, learning_head
+from .dates import DateFusion, flat_dates
 from .fusions import DecoupledScales, WeighedScales
 from .labelled import LabelledTexts, from_dicts
 from .mscmat import IMAGE_SIDE_KEYS, TEXT_SIDE_KEYS, fused_scores, match_scores
@@ -68,6 +69,10 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         self._features_of: Source | None = None
         self.msa_cfg = cfg
         self.image_scales = ImageScales(self.visual, cfg.image_scales)
+        self.date_fusion: DateFusion | None = None
+        if cfg.dates > 1:
+            own_width = None if cfg.fusion in SCALES_ALONE else embed_dim
+            self.date_fusion = DateFusion(self.image_scales.channels, own_width, cfg.dates)
         self.scale_inputs = ScaleInputs(self.image_scales.channels, cfg.scale_inputs)
         self.fusion = _build_fusion(cfg, self.image_scales.channels, embed_dim)
         self.mscmat: PairScore | None = None
@@ -78,7 +83,7 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         self._freeze_unused()
 
     def encode_image(self, image: Images, normalize: bool = False) -> Tensor:
-        """Images (I, 3, h, w) -> global features (I, E)."""
+        """Images (I, 3, h, w), with `msa_cfg.dates` above 1 samples (I, dates, 3, h, w) -> global features (I, E)."""
         return self._encode_image(image, normalize)
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
@@ -88,7 +93,7 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
     # open_clip's own `forward` calls these (4.x) or the public ones (3.x), which a sharded model may not enter twice.
 
     def _encode_image(self, image: Images, normalize: bool = False) -> Tensor:
-        if self.fusion is None:
+        if self.fusion is None and self.date_fusion is None:
             feature: Tensor = self.visual(image)
         else:
             feature, _ = self._encode_scales(image)
@@ -205,17 +210,19 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a checkpoint of this model, or warm-start its towers from one of a plain CLIP model.
 
+        A model of several dates starts from a checkpoint of one date likewise.
+
         Raises:
             RuntimeError: the checkpoint fits neither; the message names what is missing, as open_clip's would.
         """
         own = {key: value for key, value in self.state_dict().items() if key.startswith(MSA_PREFIXES)}
         state_dict = _with_vectors_of_one(state_dict, own)
-        warm_start = bool(own) and not any(key.startswith(MSA_PREFIXES) for key in state_dict)
-        if warm_start:
-            state_dict = {**own, **{key: value for key, value in state_dict.items() if key not in _ARCHIVE_KEYS}}
+        kept, of_what, what = _not_of(state_dict, own)
+        if kept:
+            state_dict = {**kept, **{key: value for key, value in state_dict.items() if key not in _ARCHIVE_KEYS}}
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        if warm_start:
-            _log.info("Warm start: towers loaded from a plain CLIP checkpoint, the MSA head keeps its initial values.")
+        if kept:
+            _log.info("Warm start: towers loaded from a %s checkpoint, the %s keeps its initial values.", of_what, what)
         return result
 
     def attended_tokens(self, ids: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,8 +241,11 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         pooled: Sequence[Tensor]
         if isinstance(image, CachedImages):
             feature, pooled = learning_head(self.visual)(image.feature), image.pooled
-        else:
+        elif self.date_fusion is None:
             feature, pooled = self.image_scales(self.visual, image)
+        else:
+            images = flat_dates(image, self.date_fusion.dates)
+            feature, pooled = self.date_fusion(*self.image_scales(self.visual, images))
         pooled = self.scale_inputs(pooled)
         if self.fusion is not None:
             feature = self.fusion(feature, pooled)
@@ -285,12 +295,28 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
                 parameter.requires_grad_(False)
         if self.fusion is None and self.mscmat is None:
             self.image_scales.requires_grad_(False)
+            if self.date_fusion is not None:
+                self.date_fusion.scales.requires_grad_(False)
 
 
 SCALES_ALONE = ("scales", "decoupled")
 """Fusions that leave out the tower's own feature."""
-MSA_PREFIXES = ("image_scales.", "scale_inputs.", "fusion.", "mscmat.")
+DATE_PREFIXES = ("date_fusion.",)
+"""Of the parameters that a model of one date lacks."""
+MSA_PREFIXES = ("image_scales.", "scale_inputs.", "fusion.", "mscmat.", *DATE_PREFIXES)
 """Of the parameters that a plain CLIP model lacks."""
+
+
+def _not_of(state_dict: Mapping[str, Any], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str, str]:
+    """Those of our `own` parameters that a checkpoint of a smaller model lacks; of which model it is, what they are."""
+    for prefixes, of_what, what in (
+        (MSA_PREFIXES, "plain CLIP", "MSA head"),
+        (DATE_PREFIXES, "one-date", "fusion over dates"),
+    ):
+        if not any(key.startswith(prefixes) for key in state_dict):
+            kept = {key: value for key, value in own.items() if key.startswith(prefixes)}
+            return kept, of_what, what
+    return {}, "", ""
 
 
 def _build_fusion(cfg: MSACfg, channels: Sequence[int], embed_dim: int) -> nn.Module | None:

@@ -108,7 +108,11 @@ def extend_train_data(data: ModuleType) -> None:
 
         given, host = signature.bind(args, *positional, **named).arguments, installed()
         option = host.reads_itself(args, given.get("naflex_data_config"))
+        cfg = MSACfg.from_dict(msa_cfg) if is_msa else None
+        dates = cfg.dates if cfg else 1
         if option is not None:
+            if dates > 1:
+                raise ValueError(f"msa_cfg.dates: {dates}; with {option} open_clip itself reads one image a sample.")
             loader.require_one_caption_a_sample(args, given["is_train"], option)
             batches = original(args, *positional, **named)
         else:
@@ -117,7 +121,8 @@ def extend_train_data(data: ModuleType) -> None:
                 **{name: value for name, value in given.items() if name in known},
                 batches=host.batches(args, tokenizer),
                 reorder=functools.partial(host.reorder, args, tokenizer),
-                classes=is_msa and MSACfg.from_dict(msa_cfg).loss.needs_classes,
+                classes=cfg is not None and cfg.loss.needs_classes,
+                dates=dates,
             )
         if args.train_data and not given["is_train"]:
             from ..training.validation import prepare

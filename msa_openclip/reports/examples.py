@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.captioned import CaptionedImage
-from ..data.pixels import load_image
+from ..data.pixels import load_dates
 from ..evaluation.evaluate import Evaluation
 from ..evaluation.loading import LoadedModel
 from ..evaluation.scorer import EncodedImages
@@ -112,5 +112,5 @@ def _examples(model: LoadedModel, evaluation: Evaluation, ranks: Tensor, queries
 
 
 def _reason(model: LoadedModel, image: CaptionedImage, caption: str) -> Reason:
-    pixels = load_image(image)
-    return Reason(image, view(model, pixels), explain(model, pixels, caption))
+    pictures = load_dates(image)
+    return Reason(image, view(model, pictures), explain(model, pictures, caption))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.captioned import CaptionedImage
+from ..data.pixels import dates_of, preprocessed
 from ..evaluation.scorer import EncodedImages, EncodedTexts
 from .filters import SearchError, SearchFilter
 from .index import ImageIndex
@@ -26,6 +27,8 @@ from .nearest import Nearest, scan
 from .options import CANDIDATES
 
 _BLOCK = 2048
+Picture: TypeAlias = Image.Image | Sequence[Image.Image]
+"""A picture; for a model of several dates those of one place, in order of date."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,7 @@ class Searcher:
         _, rows = self._find(texts.feature.cpu(), max(self.candidates, k), where)
         return [self._fused_images(_text(texts, q), rows[q][rows[q] >= 0], k) for q in range(len(queries))]
 
-    def by_image(
-        self, queries: Sequence[Image.Image], k: int = 10, where: SearchFilter | None = None
-    ) -> list[list[Hit]]:
+    def by_image(self, queries: Sequence[Picture], k: int = 10, where: SearchFilter | None = None) -> list[list[Hit]]:
         """The k images most like each picture, by global features; MSCMAT knows pairs of image and text only."""
         if not queries or self._is_empty(k):
             return [[] for _ in queries]
@@ -88,9 +89,7 @@ class Searcher:
             for pair in zip(cosine.tolist(), rows.tolist(), strict=True)
         ]
 
-    def texts_of(
-        self, queries: Sequence[Image.Image], k: int = 10, texts: Sequence[str] | None = None
-    ) -> list[list[Hit]]:
+    def texts_of(self, queries: Sequence[Picture], k: int = 10, texts: Sequence[str] | None = None) -> list[list[Hit]]:
         """The k best texts for each picture, in fused order; by default among all captions of the index."""
         names, features = self._captions() if texts is None else (tuple(texts), None)
         if not queries or not names:
@@ -102,9 +101,9 @@ class Searcher:
         candidates = [[names[place] for place in row] for row in nearest.tolist()]
         return [self._fused_texts(_image(encoded, q), some, k) for q, some in enumerate(candidates)]
 
-    def _project(self, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor | None]:
-        pixels = torch.stack([self.index.model.preprocess(picture.convert("RGB")) for picture in pictures])
-        return self.scorer.project(pixels)
+    def _project(self, queries: Sequence[Picture]) -> tuple[Tensor, Tensor | None]:
+        preprocess = self.index.model.preprocess
+        return self.scorer.project(torch.stack([preprocessed(dates_of(query), preprocess) for query in queries]))
 
     def _encode(self, texts: Sequence[str]) -> EncodedTexts:
         return self.scorer.texts(self.index.model.tokenizer(list(texts)))

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import default_collation_fn
 
+from ..data.pixels import preprocessed
 from ..model.labelled import LabelledTexts
 from ..shards.storage.tars import IMAGE_MEMBERS
 from .features import FeatureRows, feature_rows
@@ -64,6 +65,8 @@ class ShardBatches(IterableDataset[Any]):
     """How to read shards of features; None: they hold images."""
     classes: bool = False
     """In training: texts come with the scene classes of their images, as `LabelledTexts`."""
+    dates: int = 1
+    """Images of a sample; with more than one they come as (B, dates, 3, h, w)."""
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
@@ -155,7 +158,8 @@ class ShardBatches(IterableDataset[Any]):
 
     def _samples(self, shares: Iterator[Share], tally: Tally) -> Iterator[Sample]:
         members = self.features.members if self.features else IMAGE_MEMBERS
-        return chain.from_iterable(read_share(share, tally, members=members, metadata=self.classes) for share in shares)
+        how: dict[str, Any] = {"members": members, "metadata": self.classes, "dates": self.dates}
+        return chain.from_iterable(read_share(share, tally, **how) for share in shares)
 
     def _image(self, sample: Sample, tally: Tally) -> Any:
         """The pixels of a sample, or its features; None if they cannot be decoded."""
@@ -163,7 +167,8 @@ class ShardBatches(IterableDataset[Any]):
             if self.features:
                 image: Any = self.features.decode(sample)
             else:
-                image = self.preprocess(decode(sample["image"], self.max_pixels))
+                encoded = sample["image"] if self.dates > 1 else [sample["image"]]
+                image = preprocessed([decode(data, self.max_pixels) for data in encoded], self.preprocess)
         except Exception as error:  # Pillow raises nearly everything for one broken file or another
             detail = f"{type(error).__name__}: {error}"
             tally.reject(sample, "image cannot be decoded", detail, passed=tally.usable)
@@ -182,12 +187,13 @@ def get_wds_dataset(
     batches: Callable[[Tensor, Tensor], Any] = lambda images, texts: (images, texts),
     reorder: Callable[[SharedEpoch], Callable[[Iterable[Sample]], Iterable[Sample]] | None] = lambda epoch: None,
     classes: bool = False,
+    dates: int = 1,
 ) -> DataInfo:
     """As open_clip_train.data's function of this name, for shards in the `image` and the `pair` layout.
 
     On top of its arguments: `batches` makes what the trainer takes of images and token ids, `reorder`, given the
     epoch, says how training orders samples that have been read and worded; with `classes` training texts are
-    `LabelledTexts`.
+    `LabelledTexts`; `dates` is `msa_cfg.dates` of the model.
 
     Training promises, where every shard is named by a sizes.json beside it: in an epoch each sample once, and fewer
     than one global batch of them twice, for any number of shards, workers and ranks; an image that cannot be decoded is
@@ -211,7 +217,9 @@ def get_wds_dataset(
     features = feature_rows(urls, args, tokenizer)
     if features and not is_train:
         raise ShardDataError(f"{pattern}: features serve training; give --val-data the shards of images to rank.")
-    look_at_first_sample(urls, features.members if features else IMAGE_MEMBERS)
+    if features and dates > 1:
+        raise ShardDataError(f"{pattern}: features are of one date, the model takes {dates} (msa_cfg.dates).")
+    look_at_first_sample(urls, features.members if features else IMAGE_MEMBERS, dates)
     sizes = shard_sizes(urls)
     shared_epoch = SharedEpoch(epoch=epoch)
     if is_train:
@@ -240,6 +248,7 @@ def get_wds_dataset(
         reorder=reorder(shared_epoch) if is_train and not features else None,  # features are of one length
         features=features,
         classes=classes and is_train,
+        dates=dates,
     )
     loader = wds.WebLoader(
         dataset, batch_size=None, shuffle=False, num_workers=args.workers, persistent_workers=args.workers > 0

@@ -1,5 +1,7 @@
 """Shard -> samples fit for training: KEY.txt with captions, a line each, and KEY.jpg, .jpeg, .png or .webp.
 
+A sample of several dates has KEY.0.jpg, KEY.1.jpg, ... in place of KEY.jpg.
+
 What cannot be used is counted, with its key and the reason, in a `Tally`; nothing is dropped in silence.
 """
 
@@ -24,10 +26,13 @@ from ..shards.imagery.prepare import open_image
 from ..shards.readers.fields import encodable
 from ..shards.records import clean_caption
 from ..shards.storage import store
-from ..shards.storage.tars import IMAGE_MEMBERS, content, headers, open_tar
+from ..shards.storage.tars import IMAGE_MEMBERS, content, headers, images_of, open_tar
 from .shares import ShardDataError, Share
 
-EXPECTED = f"KEY.txt with captions, one a line, and one of {', '.join('KEY.' + name for name in IMAGE_MEMBERS)}"
+EXPECTED = (
+    f"KEY.txt with captions, one a line, and one of {', '.join('KEY.' + name for name in IMAGE_MEMBERS)} "
+    "(KEY.0.jpg, KEY.1.jpg, ... of a place at several dates)"
+)
 PATIENCE = 200
 """So many samples without a usable one prove that there is none."""
 
@@ -103,10 +108,12 @@ def read_share(
     fill_cache: bool = True,
     members: Sequence[str] = IMAGE_MEMBERS,
     metadata: bool = False,
+    dates: int = 1,
 ) -> Iterator[Sample]:
     """Samples of a share that have an image and captions, still encoded: `__key__`, `__url__`, `image`, `captions`.
 
-    `members` are the extensions that `image` may have.  With `metadata` KEY.json comes too.
+    `members` are the extensions that `image` may have; of several `dates` it is a list.  With `metadata` KEY.json comes
+    too.
 
     Raises:
         StreamError: the shard cannot be opened, or is damaged.
@@ -116,7 +123,7 @@ def read_share(
     try:
         with open_shard(share.url, fill_cache=fill_cache) as file:
             for group in group_by_keys_nothrow(_members(file, share, tally, wanted)):
-                sample = _usable(group, tally, members)
+                sample = _usable(group, tally, members, dates)
                 if sample is not None:
                     yield sample
     except tarfile.TarError as error:
@@ -127,7 +134,7 @@ def read_share(
         ) from error
 
 
-def look_at_first_sample(urls: Sequence[str], members: Sequence[str] = IMAGE_MEMBERS) -> Sample:
+def look_at_first_sample(urls: Sequence[str], members: Sequence[str] = IMAGE_MEMBERS, dates: int = 1) -> Sample:
     """Find the first sample with image and captions: wrong data is refused within seconds, before all else is built.
 
     Raises:
@@ -139,13 +146,16 @@ def look_at_first_sample(urls: Sequence[str], members: Sequence[str] = IMAGE_MEM
             raise StreamError(f"{url}: no such file. Check the name and the braces.")
     tally = Tally()
     for url in urls[:LOOK_AT_SHARDS]:
-        sample = next(read_share(Share(url), tally, fill_cache=False, members=members), None)
+        sample = next(read_share(Share(url), tally, fill_cache=False, members=members, dates=dates), None)
         if sample is not None:
             return sample
     raise tally.nothing_usable(", ".join(urls[:LOOK_AT_SHARDS]))
 
 
 _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset passes over
+
+
+_DATED = re.compile(rf"\d+\.({'|'.join(IMAGE_MEMBERS)})")  # what stands behind the key in KEY.0.jpg
 
 
 def _members(file: IO[bytes], share: Share, tally: Tally, extensions: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -163,19 +173,22 @@ def _members(file: IO[bytes], share: Share, tally: Tally, extensions: Sequence[s
                 continue
             if share.stop is not None and index >= share.stop and share.stop != share.size:
                 return
-            wanted = extension.lower() in extensions
+            wanted = extension.lower() in extensions or _DATED.fullmatch(extension.lower())
             yield {"fname": info.name, "data": content(tar, info) if wanted else None, "__url__": share.url}
     if share.size not in (None, index + 1):
         tally.note(share.url, "sizes.json is wrong", f"it says {share.size} samples, the shard has {index + 1}")
 
 
-def _usable(members: Sample, tally: Tally, images: Sequence[str]) -> Sample | None:
-    """Image and captions of a sample; None, and a line in the tally, if it lacks one."""
-    image = next((members[name] for name in images if name in members), None)
-    if image is None or "txt" not in members:
+def _usable(members: Sample, tally: Tally, images: Sequence[str], dates: int) -> Sample | None:
+    """Image and captions of a sample; None, and a line in the tally, if it lacks one, or has other dates."""
+    found = [members[name] for name in images if name in members][:1] or images_of(members)
+    if not found or "txt" not in members:
         names = ", ".join(sorted(name for name in members if not name.startswith("__")))
-        lack = "image" if image is None else "captions"
+        lack = "captions" if found else "image"
         tally.reject(members, f"no {lack} among the members {names}", passed=tally.complete)
+        return None
+    if len(found) != dates:
+        tally.reject(members, f"{len(found)} dates, and the model takes {dates} (msa_cfg.dates)", passed=tally.complete)
         return None
     if not encodable(members["__key__"]):
         tally.reject(members, "its name is not UTF-8", passed=tally.complete)
@@ -190,6 +203,7 @@ def _usable(members: Sample, tally: Tally, images: Sequence[str]) -> Sample | No
         tally.reject(members, "captions are blank", passed=tally.complete)
         return None
     tally.complete += 1
+    image = found if dates > 1 else found[0]
     sample = {"__key__": members["__key__"], "__url__": members["__url__"], "image": image, "captions": captions}
     return sample | {"metadata": members["json"]} if "json" in members else sample
 

@@ -91,7 +91,7 @@ class BuildFolder:
                 f" {rejections[-1].file}: {rejections[-1].detail}; rejected.jsonl has the rest. Repair or remove those"
                 " images, or ask for fewer shards (--shards), and pass --overwrite."
             )
-        content = manifest.make(self._options, self._mark, results, rejections)
+        content = manifest.make(self._options, self._mark, results, rejections, self._plan.dates)
         manifest.write(self.url, content, rejections)
         self._forget()
         return content
@@ -163,7 +163,7 @@ class BuildFolder:
         for shard in self._plan.shards:
             if shard.file in there and f"{shard.file}.json" in noted:
                 result = self._noted(shard.file)
-                images = [sample.record.image for sample in self._plan.samples(shard)]
+                images = [place for sample in self._plan.samples(shard) for place in sample.record.images]
                 if (
                     result is not None
                     and store.size(store.join(self.url, shard.file)) == result.size_bytes

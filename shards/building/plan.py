@@ -49,6 +49,8 @@ class Plan:
         self.options = options
         self.rejections: list[Rejection] = []
         self.images: dict[str, int] = dict.fromkeys(SPLITS, 0)
+        self.dates = 1
+        """Images of a sample, of each."""
         self._spool = tempfile.TemporaryFile()  # noqa: SIM115 -- closed by __exit__
         self._orders: dict[str, NDArray[np.uint64]] = {}
         self._digest = sha256()
@@ -74,7 +76,7 @@ class Plan:
     def estimated_bytes(self, split: str) -> int:
         """About how large a split's shards will be, if its images pass untouched; from the sizes of some of them."""
         image_bytes = sum(self._measured) / max(1, len(self._measured))
-        return round(self.size(split) * (image_bytes + _BESIDE_IMAGE))
+        return round(self.size(split) * (self.dates * image_bytes + _BESIDE_IMAGE))
 
     def samples(self, shard: ShardPlan) -> list[Sample]:
         """The samples of a shard in their order."""
@@ -88,7 +90,7 @@ class Plan:
     def images_newer_than(self, time_ns: int) -> list[str]:
         """Local files of images, or tars of them, that were changed later than this."""
         self._spool.seek(0)
-        urls = dict.fromkeys(Record.from_line(line).image.url for line in self._spool)
+        urls = dict.fromkeys(place.url for line in self._spool for place in Record.from_line(line).images)
         return [url for url in urls if store.changed_ns(url) > time_ns]
 
     def _spool_all(self, records: Iterable[Record | Rejection]) -> None:
@@ -98,6 +100,7 @@ class Plan:
                 self.rejections.append(record)
                 continue
             self._measure(record.image)
+            self.dates = len(record.images)
             line = record.to_line()
             self._digest.update(line)
             offset = self._spool.tell()

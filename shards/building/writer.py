@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..imagery import geotiff
-from ..imagery.prepare import EncodedImage, prepare
+from ..imagery.prepare import EncodedImage, prepare, require_one_size
 from ..options import ImageOptions
-from ..records import ImageProblem, Rejection, ShardError
+from ..records import ImageProblem, Location, Rejection, ShardError
 from ..running import stopping
 from ..storage import json_text, store
 from ..storage.sources import Versions, read_ahead
@@ -82,21 +82,25 @@ def write_shard(job: ShardJob) -> ShardResult:
     images: set[str] = set()
     written = captions = 0
     url = store.join(job.folder, job.file)
-    versions = Versions().of([sample.record.image for sample in job.samples])  # before the first is read
+    # Before the first is read.
+    versions = Versions().of([place for sample in job.samples for place in sample.record.images])
     try:
         with store.atomic_write(url) as file:
             sink = TarSink(file)
-            for sample, data in zip(job.samples, _contents(job), strict=True):
+            for sample, contents in zip(job.samples, _contents(job), strict=True):
                 stopping.check()
                 record = sample.record
                 try:
-                    image, geo = _prepared(sample, data, job.image)
+                    prepared = [
+                        _prepared(place, data, job.image) for place, data in zip(record.images, contents, strict=True)
+                    ]
+                    require_one_size((image.width, image.height) for image, _ in prepared)
                 except ImageProblem as problem:
                     if job.strict:
                         raise ImageProblem(f"{record.source}: {problem}") from problem
                     rejections.append(Rejection(record.source, "unreadable image", str(problem)))
                     continue
-                for name, content in members(sample, image, geo):
+                for name, content in members(sample, [image for image, _ in prepared], prepared[0][1]):
                     sink.add(name, content)
                 images.add(record.image_id)
                 written += 1
@@ -114,26 +118,26 @@ def write_shard(job: ShardJob) -> ShardResult:
     )
 
 
-def _contents(job: ShardJob) -> Iterator[bytes | Exception | None]:
-    """The bytes of each sample's image in order, None for those that rasterio opens itself."""
-    rasters = [geotiff.is_geo(sample.record.image, job.image) for sample in job.samples]
-    plain = [sample.record.image for sample, raster in zip(job.samples, rasters, strict=True) if not raster]
-    contents = read_ahead(plain)
-    for raster in rasters:
-        yield None if raster else next(contents)
+def _contents(job: ShardJob) -> Iterator[list[bytes | Exception | None]]:
+    """The bytes of each sample's images in order, None for those that rasterio opens itself."""
+    places = [place for sample in job.samples for place in sample.record.images]
+    contents = read_ahead([place for place in places if not geotiff.is_geo(place, job.image)])
+    for sample in job.samples:
+        rasters = (geotiff.is_geo(place, job.image) for place in sample.record.images)
+        yield [None if raster else next(contents) for raster in rasters]
 
 
 def _prepared(
-    sample: Sample, data: bytes | Exception | None, options: ImageOptions
+    place: Location, data: bytes | Exception | None, options: ImageOptions
 ) -> tuple[EncodedImage, dict[str, Any]]:
     if data is None:
         try:
-            return geotiff.prepare(sample.record.image, options)
+            return geotiff.prepare(place, options)
         except ShardError:
             raise
         except Exception as error:  # GDAL's errors under several types, for damage met late
             raise ImageProblem(f"cannot be decoded: {type(error).__name__}: {error}") from error
     if isinstance(data, Exception):
         reason = "no such file" if isinstance(data, FileNotFoundError) else f"{type(data).__name__}: {data}"
-        raise ImageProblem(f"{sample.record.image.url} cannot be read: {reason}")
+        raise ImageProblem(f"{place.url} cannot be read: {reason}")
     return prepare(data, options), {}

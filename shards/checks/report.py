@@ -19,7 +19,7 @@ from ..readers import fields
 from ..readers.tar_files import expand, read_metadata
 from ..records import SPLITS, ShardError, clean_caption, folded_caption
 from ..storage import store
-from ..storage.tars import Member, image_of, read_member, samples
+from ..storage.tars import Member, images_of, read_member, samples
 from .duplicates import equal_groups, near_groups, perceptual_hash
 
 SHOWN = 12  # sample images of the report
@@ -34,7 +34,8 @@ class Seen(NamedTuple):
     image_id: str
     metadata: dict[str, Any]
     captions: list[str]
-    image: bytes
+    images: list[bytes]
+    """In order of date; one as a rule, none where the shard lacks it."""
 
 
 @dataclass
@@ -48,6 +49,8 @@ class _Tally:
     sizes: Counter[str] = field(default_factory=Counter)
     blank: int = 0
     image_bytes: int = 0
+    dates: set[int] = field(default_factory=set)
+    """Numbers of images of a sample."""
 
 
 class Report(NamedTuple):
@@ -85,9 +88,9 @@ def report(
         _count(tally, seen)
         name = f"{seen.split}/{seen.image_id}"
         if name not in checksums:
-            checksums[name] = seen.metadata.get("sha256") or str(hash(seen.image))
+            checksums[name] = seen.metadata.get("sha256") or str(hash(b"".join(seen.images)))
             if near_bits is not None:
-                hashes[name] = perceptual_hash(seen.image)
+                hashes[name] = perceptual_hash(b"".join(seen.images[:1]))  # of several dates the first: the same place
         if len(shown) < SHOWN and seen.image_id not in {other.image_id for other in shown}:
             shown.append(seen)
     measure = _token_counter(tokenizer) if tokenizer else None
@@ -112,7 +115,8 @@ def text(content: dict[str, Any]) -> str:
             f"{split}: {row['samples']:,} samples, {row['images']:,} images, {row['captions']:,} captions",
             f"  captions: {words['min']} to {words['max']} words, median {words['median']:g};"
             f" {row['unique_captions']:,} different ones, {row['blank_captions']} blank",
-            f"  images: {row['image_mb']:.1f} MB; sizes {_shortened(row['sizes'])}",
+            f"  images: {row['image_mb']:.1f} MB; sizes {_shortened(row['sizes'])}"
+            + (f"; {' or '.join(map(str, row['dates']))} dates of each place" if "dates" in row else ""),
         ]
         if tokens := row.get("caption_tokens"):
             lines.append(
@@ -184,10 +188,10 @@ def _seen(file: IO[bytes], key: str, parts: dict[str, Member], prefix: str) -> S
     metadata = read_metadata(file, parts.get("json"))
     text = read_member(file, parts["txt"]).decode() if "txt" in parts else ""
     captions = fields.captions(metadata.get("captions"), f"{key}.json: captions") or text.split("\n")
-    image = image_of(parts)
+    images = [read_member(file, image) for image in images_of(parts)]
     split = prefix + (fields.label(metadata.get("split"), f"{key}.json: split") or "unknown")
     image_id = fields.label(metadata.get("image_id"), f"{key}.json: image_id") or key
-    return Seen(split, image_id, metadata, captions, read_member(file, image) if image else b"")
+    return Seen(split, image_id, metadata, captions, images)
 
 
 def _count(tally: _Tally, seen: Seen) -> None:
@@ -197,7 +201,8 @@ def _count(tally: _Tally, seen: Seen) -> None:
     if seen.image_id in tally.images:
         return
     tally.images.add(seen.image_id)
-    tally.image_bytes += len(seen.image)
+    tally.image_bytes += sum(map(len, seen.images))
+    tally.dates.add(len(seen.images))
     if seen.metadata.get("class"):
         tally.classes[seen.metadata["class"]] += 1
     if seen.metadata.get("width"):
@@ -216,6 +221,8 @@ def _sum_up(tally: _Tally, measure: Callable[[list[str]], dict[str, Any]] | None
         "sizes": dict(tally.sizes.most_common()),
         "image_mb": tally.image_bytes / 1e6,
     }
+    if tally.dates - {0, 1}:
+        row["dates"] = sorted(tally.dates)
     if measure:
         row["caption_tokens"] = measure(list(tally.captions.elements()))
     return row

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..imagery.prepare import open_image
+from ..imagery.prepare import open_image, side_by_side
 from ..pages.plots import Line, colour, line_plot
 from ..pages.render import jpeg_url, render
 from .report import Report, Seen, warnings
@@ -69,9 +69,8 @@ def _classes(splits: dict[str, Any]) -> Iterator[tuple[str, list[tuple[float, st
 
 
 def _thumbnail(sample: Seen) -> str | None:
-    """A URL of the sample's image; None where there is none that Pillow reads."""
+    """A URL of the sample's image, its dates side by side; None where there is none that Pillow reads."""
     try:
-        with open_image(sample.image) as image:
-            return jpeg_url(image, _THUMBNAIL_PX)
+        return jpeg_url(side_by_side([open_image(data) for data in sample.images]), _THUMBNAIL_PX * len(sample.images))
     except Exception:  # Pillow raises nearly everything for one broken file or another
         return None

@@ -19,7 +19,7 @@ from ..readers.tar_files import read_metadata
 from ..records import ShardError
 from ..running import engines, stopping
 from ..storage import json_text, store
-from ..storage.tars import SUM_BYTES, BlockSums, image_of, members, read_member, samples
+from ..storage.tars import SUM_BYTES, BlockSums, images_of, members, read_member, samples
 
 _CRC_TABLE = [zlib.crc32(bytes([0, byte])) ^ zlib.crc32(bytes([0, 0])) for byte in range(256)]
 _BY_TOP_BYTE = {value >> 24: index for index, value in enumerate(_CRC_TABLE)}
@@ -65,7 +65,7 @@ def verify(folder: str, *, decode: bool = False, workers: int = 1, progress: boo
     content = manifest.read(folder)
     rows = content["shards"]
     problems = list(_check_neighbours(folder, rows))
-    check = partial(_check_shard, folder, decode)
+    check = partial(_check_shard, folder, decode, content.get("dates", 1))
     in_memory = folder.startswith("memory://")
     found = engines.run(check, iter(rows), "auto", workers, in_memory=in_memory)
     for result in tqdm(found, total=len(rows), unit=" shards", desc="verifying", disable=not progress):
@@ -94,7 +94,7 @@ def _check_neighbours(folder: str, rows: list[dict[str, Any]]) -> Iterator[Probl
             yield Problem(name, "is not in the manifest; a leftover of another build?")
 
 
-def _check_shard(folder: str, decode: bool, row: dict[str, Any]) -> list[Problem]:
+def _check_shard(folder: str, decode: bool, dates: int, row: dict[str, Any]) -> list[Problem]:
     url, name = store.join(folder, row["file"]), row["file"]
     if not store.exists(url):
         return [Problem(name, "missing")]
@@ -109,7 +109,7 @@ def _check_shard(folder: str, decode: bool, row: dict[str, Any]) -> list[Problem
             expected = [int(crc, 16) for crc in row["sums"].split()]
             return [Problem(name, _describe_damage(file, row, expected, sums.sums, length))]
         try:
-            return list(_decode_all(file, name)) if decode else []
+            return list(_decode_all(file, name, dates)) if decode else []
         except tarfile.TarError as error:  # as built: its checksum is right
             return [Problem(name, f"not a tar that can be read: {error}")]
 
@@ -175,27 +175,31 @@ def _member_at(file: IO[bytes], position: int) -> str:
     return f", behind {last}" if last else ""
 
 
-def _decode_all(file: IO[bytes], name: str) -> Iterator[Problem]:
-    """Decode the image of every sample; compare it with the checksum beside it."""
+def _decode_all(file: IO[bytes], name: str, dates: int) -> Iterator[Problem]:
+    """Decode the images of every sample, one of each date; compare them with the checksum beside them."""
     file.seek(0)
     groups = list(samples(file))
     for key, group in groups:
         stopping.check()
         parts = {member.extension: member for member in group}
-        image = image_of(parts)
-        if image is None or not {"txt", "json"} <= set(parts):
-            yield Problem(name, f"sample {key} has {', '.join(parts)}; expected an image, txt and json")
+        images = images_of(parts)
+        if len(images) != dates or not {"txt", "json"} <= set(parts):
+            expected = "an image" if dates == 1 else f"images of {dates} dates"
+            yield Problem(name, f"sample {key} has {', '.join(parts)}; expected {expected}, txt and json")
             continue
-        data = read_member(file, image)
+        contents = [read_member(file, image) for image in images]
         try:
             metadata = read_metadata(file, parts["json"])
         except ShardError as error:
             yield Problem(name, str(error))
             continue
-        if hashlib.sha256(data).hexdigest() != metadata.get("sha256"):
-            yield Problem(name, f"{image.name} is not the image its JSON describes (sha256)")
-        try:
-            with open_image(data) as picture:
-                picture.load()
-        except Exception as error:  # Pillow raises nearly everything for one broken file or another
-            yield Problem(name, f"{image.name} cannot be decoded: {error}")
+        if hashlib.sha256(b"".join(contents)).hexdigest() != metadata.get("sha256"):
+            found = " and ".join(image.name for image in images)
+            are = "is not the image" if dates == 1 else "are not the images"
+            yield Problem(name, f"{found} {are} its JSON describes (sha256)")
+        for image, data in zip(images, contents, strict=True):
+            try:
+                with open_image(data) as picture:
+                    picture.load()
+            except Exception as error:  # Pillow raises nearly everything for one broken file or another
+                yield Problem(name, f"{image.name} cannot be decoded: {error}")

@@ -15,7 +15,7 @@ from PIL import Image
 from ..options import ImageOptions
 from ..records import ImageProblem, Location, Record, Rejection, ShardError
 from ..storage import store
-from .prepare import EncodedImage, encode
+from .prepare import EncodedImage, encode, require_one_size
 
 _SAMPLED_PX = 1024  # percentiles are taken from the scene at no more than this size
 _METRES_PER_DEGREE = 111_320.0
@@ -36,8 +36,7 @@ def tiled(records: Iterable[Record | Rejection], options: ImageOptions) -> Itera
             yield record
             continue
         try:
-            with open_scene(record.image.url) as scene:
-                width, height = scene.width, scene.height
+            width, height = _common_size(record.images)
         except ImageProblem as problem:
             yield Rejection(record.source, "unreadable image", str(problem))
             continue
@@ -49,7 +48,18 @@ def tiled(records: Iterable[Record | Rejection], options: ImageOptions) -> Itera
             for column, left in enumerate(_starts(width, side)):
                 window = (left, top, min(side, width), min(side, height))
                 name = f"{record.image_id}_r{row:03d}_c{column:03d}"
-                yield replace(record, image_id=name, image=replace(record.image, window=window))
+                image, *later = (replace(place, window=window) for place in record.images)
+                yield replace(record, image_id=name, image=image, later=tuple(later))
+
+
+def _common_size(places: Iterable[Location]) -> tuple[int, int]:
+    """Width and height of a scene, at all of its dates the same."""
+    sizes = []
+    for place in places:
+        with open_scene(place.url) as scene:
+            sizes.append((scene.width, scene.height))
+    require_one_size(sizes)
+    return sizes[0]
 
 
 def prepare(place: Location, options: ImageOptions) -> tuple[EncodedImage, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -63,6 +64,35 @@ def prepare(data: bytes, options: ImageOptions) -> EncodedImage:
         raise
     except Exception as error:  # Pillow raises nearly everything for one broken file or another
         raise ImageProblem(f"cannot be decoded: {str(error) or type(error).__name__}") from error
+
+
+def require_one_size(sizes: Iterable[tuple[int, int]]) -> None:
+    """Refuse a place whose images of several dates differ in size: its pixels do not lie on one another.
+
+    Raises:
+        ImageProblem: they do.
+    """
+    known = list(dict.fromkeys(sizes))
+    if len(known) > 1:
+        shown = ", ".join(f"{width} x {height}" for width, height in known)
+        raise ImageProblem(f"its dates are of different sizes, {shown}; --resize-px N --resize-mode squash makes one")
+
+
+def side_by_side(images: Sequence[Image.Image], gap_px: int = 4) -> Image.Image:
+    """The images of one place, dates from left to right; a single one as it is.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if len(images) == 1:
+        return images[0]
+    height = max(image.height for image in images)
+    joined = Image.new("RGB", (sum(image.width + gap_px for image in images) - gap_px, height), "white")
+    left = 0
+    for image in images:
+        joined.paste(image.convert("RGB"), (left, 0))
+        left += image.width + gap_px
+    return joined
 
 
 def encode(image: Image.Image, source_format: str, options: ImageOptions) -> EncodedImage:

@@ -1,8 +1,9 @@
-"""Readers of the caption files that the retrieval papers share: Karpathy JSON, NWPU-Captions JSON, precomp text."""
+"""Readers of the caption files that papers share: JSON of Karpathy, LEVIR-CC and NWPU-Captions, precomp text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 from typing import Any
 
 from ..options import ReadOptions
@@ -14,25 +15,67 @@ from . import fields
 def read_karpathy(url: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
     """RSICD, RSITMD, UCM, Sydney: {"images": [{"filename", "split", "sentences": [{"raw"}]}]}.
 
-    `raw` is used, not `tokens`: the two differ in places, and tokens have lost their punctuation.
+    `raw` is used, not `tokens`: the two differ in places, and tokens have lost their punctuation.  A place at several
+    dates has `filenames`, in order of date, and may have `dates` beside them.
     """
-    content = fields.typed(json_text.parse(store.read_bytes(url), url), dict, "the file")
-    dataset = content.get("dataset")
-    meta = {"dataset": dataset} if dataset else {}
-    for index, row in enumerate(fields.member(content, "images", list, "")):
-        where = f"images[{index}]"
-        name = fields.member(row, "filename", str, where)
+    for row, where, meta in _karpathy_rows(url):
         folder = fields.label(row.get("filepath"), f"{where}.filepath")
-        sentences = fields.member(row, "sentences", list, where) if row.get("sentences", ()) is not None else []
-        captions = tuple(_raw(sentence, f"{where}.sentences[{at}]") for at, sentence in enumerate(sentences))
+        names, dates = _filenames(row, where)
+        image, *later = (f"{folder}/{name}" if folder else name for name in names)
         label = row.get("class") or row.get("label")
         yield Entry(
-            f"{folder}/{name}" if folder else name,
-            captions,
+            image,
+            _sentences(row, where),
             split=fields.label(row.get("split"), f"{where}.split"),
             label=fields.label(label, f"{where}.class"),
-            meta=meta,
+            meta=meta | ({"dates": dates} if dates else {}),
+            later=tuple(later),
         )
+
+
+def read_levir_cc(url: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
+    """LEVIR-CC: Karpathy's JSON with a `changeflag`; the images are FILEPATH/A/FILENAME, later FILEPATH/B/FILENAME.
+
+    The class says whether anything changed.
+    """
+    for row, where, meta in _karpathy_rows(url):
+        folder = fields.label(row.get("filepath"), f"{where}.filepath")
+        name, above = fields.member(row, "filename", str, where), f"{folder}/" if folder else ""
+        changed = fields.member(row, "changeflag", int, where)
+        yield Entry(
+            f"{above}A/{name}",
+            _sentences(row, where),
+            split=fields.label(row.get("split"), f"{where}.split"),
+            label="change" if changed else "no change",
+            image_id=f"{above}{PurePosixPath(name).stem}",
+            meta=meta,
+            later=(f"{above}B/{name}",),
+        )
+
+
+def _karpathy_rows(url: str) -> Iterator[tuple[Any, str, dict[str, Any]]]:
+    """Rows of a Karpathy JSON, where each stands, and what the file says of all of them."""
+    content = fields.typed(json_text.parse(store.read_bytes(url), url), dict, "the file")
+    dataset = content.get("dataset")
+    for index, row in enumerate(fields.member(content, "images", list, "")):
+        yield fields.typed(row, dict, f"images[{index}]"), f"images[{index}]", {"dataset": dataset} if dataset else {}
+
+
+def _filenames(row: Any, where: str) -> tuple[list[str], list[str | None] | None]:
+    """The files of a row in order of date, and their dates where the row has them."""
+    if "filenames" not in row:
+        return [fields.member(row, "filename", str, where)], None
+    listed = fields.member(row, "filenames", list, where)
+    names = [fields.typed(name, str, f"{where}.filenames[{at}]") for at, name in enumerate(listed)]
+    dates = None if row.get("dates") is None else fields.dates(row["dates"], f"{where}.dates")
+    if not names or (dates is not None and len(dates) != len(names)):
+        raise TypeError(f"{where}: {len(names)} filenames and {len(dates or ())} dates; each image needs its own")
+    return names, dates
+
+
+def _sentences(row: Any, where: str) -> tuple[str, ...]:
+    sentences = fields.member(row, "sentences", list, where) if row.get("sentences", ()) is not None else []
+    return tuple(_raw(sentence, f"{where}.sentences[{at}]") for at, sentence in enumerate(sentences))
 
 
 def _raw(sentence: Any, where: str) -> str:

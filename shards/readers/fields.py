@@ -7,6 +7,7 @@ file, the format it was read as, and what to do.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -68,6 +69,25 @@ def captions(value: Any, where: str) -> list[str]:
         value = found
     listed = list(value) if isinstance(value, tuple) else typed(value, list, where)
     return ["" if is_missing(text) else typed(text, str, f"{where}[{index}]") for index, text in enumerate(listed)]
+
+
+def dates(value: Any, where: str) -> list[str | None]:
+    """ISO dates, null where one is not known.
+
+    Raises:
+        TypeError: something else, or an earlier date after a later one.
+    """
+    found = [label(date, f"{where}[{index}]") for index, date in enumerate(typed(value, list, where))]
+    for index, date in enumerate(found):
+        if date is not None and not _ISO_DATE.match(date):
+            raise TypeError(f"{where}[{index}]: {_shown(date)} where an ISO date, 2020-06-30 or 2020, is expected")
+    known = [date for date in found if date is not None]
+    if known != sorted(known):
+        raise TypeError(f"{where}: {', '.join(known)} where images and their dates are expected in order of date")
+    return found
+
+
+_ISO_DATE = re.compile(r"\d{4}(-\d\d(-\d\d.*)?)?$")
 
 
 def is_missing(value: Any) -> bool:

@@ -9,7 +9,7 @@ from ..imagery.prepare import EXTENSIONS
 from ..options import ReadOptions
 from ..records import Entry, Rejection, ShardError
 from ..storage import json_text, store
-from .caption_files import read_karpathy, read_nwpu, read_precomp
+from .caption_files import read_karpathy, read_levir_cc, read_nwpu, read_precomp
 from .folders import read_folder
 from .tables import TABLES, read_hf, read_table
 from .tar_files import read_tar
@@ -18,6 +18,7 @@ Reader = Callable[[str, ReadOptions], Iterator[Entry | Rejection]]
 
 READERS: dict[str, Reader] = {
     "karpathy": read_karpathy,
+    "levir-cc": read_levir_cc,
     "nwpu": read_nwpu,
     "precomp": read_precomp,
     "table": read_table,
@@ -97,6 +98,8 @@ def _detect_folder(folder: str) -> tuple[str, str]:
 def _detect_json(url: str) -> tuple[str, str]:
     content: Any = json_text.parse(store.read_bytes(url), url)
     if isinstance(content, dict) and isinstance(content.get("images"), list):
+        if content["images"] and isinstance(content["images"][0], dict) and "changeflag" in content["images"][0]:
+            return "levir-cc", "a JSON object with a list 'images' that have a changeflag"
         return "karpathy", "a JSON object with a list 'images'"
     if isinstance(content, dict) and all(isinstance(value, list) for value in content.values()):
         return "nwpu", "a JSON object of lists, one per scene class"

@@ -79,6 +79,7 @@ def to_records(
     """
     folder = ImageFolder(images or "", outside=outside)
     seen: dict[bytes, str] = {}
+    first: tuple[str, int] | None = None  # with the number of dates that all samples of a set have
     for entry in entries:
         if isinstance(entry, Rejection):
             yield entry
@@ -104,12 +105,17 @@ def to_records(
         if not captions:
             yield Rejection(name, "no captions", "every caption is blank" if entry.captions else "none given")
             continue
-        place = _locate(entry, folder)
-        if isinstance(place, Rejection):
-            yield place
+        places = _locate_all(entry, folder)
+        if isinstance(places, Rejection):
+            yield places
+            continue
+        first = first or (name, len(places))
+        if len(places) != first[1]:
+            yield Rejection(name, "number of dates", f"{len(places)} where {first[0]}, the first, has {first[1]}")
             continue
         seen[digest] = split
-        yield Record(identity, place, name, captions, split, entry.label, entry.meta)
+        image, *later = places
+        yield Record(identity, image, name, captions, split, entry.label, entry.meta, tuple(later))
 
 
 def _encodable(name: str, entry: Entry) -> bool:
@@ -157,16 +163,29 @@ def _split(entry: Entry, options: ReadOptions, seed: int) -> str:
     return split
 
 
-def _locate(entry: Entry, folder: ImageFolder) -> Location | Rejection:
-    if isinstance(entry.image, Location):
-        return entry.image
+def _locate_all(entry: Entry, folder: ImageFolder) -> list[Location] | Rejection:
+    """Where the images of all dates lie, or why one of them cannot be used."""
+    places: list[Location] = []
+    for image in entry.images:
+        place = _locate(image, folder)
+        if isinstance(place, Rejection):
+            return place
+        if place in places:  # names are also looked up without their folders
+            return Rejection(str(image), "missing image", f"only {place.url}, which is the image of another date")
+        places.append(place)
+    return places
+
+
+def _locate(image: str | Location, folder: ImageFolder) -> Location | Rejection:
+    if isinstance(image, Location):
+        return image
     try:
-        url = folder.find(entry.image)
+        url = folder.find(image)
     except LookupError as error:
-        return Rejection(entry.image, "ambiguous image", str(error))
+        return Rejection(image, "ambiguous image", str(error))
     except PermissionError as error:
-        return Rejection(entry.image, "image outside", f"{error}; give --images a folder that holds it, or --outside")
+        return Rejection(image, "image outside", f"{error}; give --images a folder that holds it, or --outside")
     if url is None:
         where = folder.root or "the working directory"
-        return Rejection(entry.image, "missing image", f"no such file below {where}, with any image extension")
+        return Rejection(image, "missing image", f"no such file below {where}, with any image extension")
     return Location(url)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import IO, Any
 
 import braceexpand
@@ -14,7 +15,7 @@ from ..imagery.prepare import EXTENSIONS
 from ..options import ReadOptions
 from ..records import SPLITS, Entry, Location, Rejection, ShardError
 from ..storage import json_text, store
-from ..storage.tars import Member, read_member, samples
+from ..storage.tars import Member, images_of, read_member, samples
 from . import fields
 
 _IMAGES = {*(extension[1:] for extension in EXTENSIONS), "img_content", "image", "img"}
@@ -47,7 +48,7 @@ def read_tar(pattern: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
     for group in pairs.values():
         captions = tuple(text for index in sorted(group) for text in group[index].captions)
         first = group[min(group)]
-        yield Entry(first.image, captions, first.split, first.label, first.image_id, first.meta, first.source)
+        yield replace(first, captions=captions)
 
 
 def places(pattern: str) -> Iterator[str]:
@@ -89,7 +90,8 @@ def _entry(
     by_extension = {member.extension: member for member in members}
     wanted = {options.image_member} if options.image_member else _IMAGES
     image = next((member for member in members if member.extension in wanted), None)
-    if image is None:
+    images = [image] if image else [] if options.image_member else images_of(by_extension)
+    if not images:
         found = ", ".join(sorted(by_extension))
         return Rejection(f"{url}:{key}", "no image", f"members are {found}; name the image: --image-member"), None
     try:
@@ -104,12 +106,12 @@ def _entry(
         name = fields.label(metadata.get("image_id"), "image_id") or key
         split = fields.label(metadata.get("split"), "split") or _split_of(url)
         label = fields.label(metadata.get("class"), "class")
-        source = fields.label(metadata.get("source"), "source") or f"{store.base_name(url)}:{image.name}"
+        source = fields.label(metadata.get("source"), "source") or f"{store.base_name(url)}:{images[0].name}"
     except (KeyError, TypeError, ShardError, UnicodeDecodeError) as error:
         return Rejection(f"{url}:{key}", "damaged sample", str(error)), None
     meta = {name: value for name, value in metadata.items() if not _OWN.fullmatch(name)} if ours else {}
-    location = Location(url, offset=image.offset, size=image.size)
-    entry = Entry(location, tuple(captions), split, label, prefix + name, meta, source)
+    place, *later = (Location(url, offset=member.offset, size=member.size) for member in images)
+    entry = Entry(place, tuple(captions), split, label, prefix + name, meta, source, tuple(later))
     return entry, index
 
 

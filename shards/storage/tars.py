@@ -54,9 +54,21 @@ class Member(NamedTuple):
 Part = TypeVar("Part")
 
 
-def image_of(parts: Mapping[str, Part]) -> Part | None:
-    """The image among the parts of a sample by extension; None if there is none."""
-    return next((parts[name] for name in IMAGE_MEMBERS if name in parts), None)
+def image_of(parts: Mapping[str, Part], date: int | None = None) -> Part | None:
+    """The image among the parts of a sample by extension, KEY.jpg or of a date, KEY.0.jpg; None if there is none."""
+    names = IMAGE_MEMBERS if date is None else [f"{date}.{name}" for name in IMAGE_MEMBERS]
+    return next((parts[name] for name in names if name in parts), None)
+
+
+def images_of(parts: Mapping[str, Part]) -> list[Part]:
+    """KEY.jpg of a sample, or KEY.0.jpg, KEY.1.jpg, ... up to the first date that has none; empty without either."""
+    image = image_of(parts)
+    if image is not None:
+        return [image]
+    found: list[Part] = []
+    while (image := image_of(parts, len(found))) is not None:
+        found.append(image)
+    return found
 
 
 def read_member(file: IO[bytes], member: Member) -> bytes:

@@ -7,9 +7,9 @@ are named in the captions, so that a caption tells its image from the others of 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..records import SPLITS, ShardError
 from .built import airport, intersection, parking, residential, sports_ground, storage_tanks
+from .changes import MOST_DATES, change
 from .country import beach, farmland, forest, harbor, river
 from .words import Facts
 
@@ -60,24 +61,27 @@ def scene(index: int, *, seed: int = 0, split: str = "train", size_px: int = 96)
 
 
 def synthesize(
-    folder: str, counts: Mapping[str, int], *, seed: int = 0, size_px: int = 96, progress: bool = False
+    folder: str, counts: Mapping[str, int], *, seed: int = 0, size_px: int = 96, dates: int = 1, progress: bool = False
 ) -> str:
     """Write scenes as a caption file in Karpathy format and JPEG images beside it, ready for `build`.
 
     Args:
         folder: a local folder, made if absent; gets captions.json and images/.
         counts: number of scenes for each of train, val, test.
+        dates: images of each scene; with two and more these are the places of `changes`, with a named change.
     Returns:
         The path of captions.json.
     Raises:
-        ShardError: an unknown split, nothing to draw, a size below 32 pixels, where nothing can be told apart, or a
-            caption file in `folder` that is no synthetic one.
+        ShardError: an unknown split, nothing to draw, a size below 32 pixels, where nothing can be told apart, more
+            than MOST_DATES dates, or a caption file in `folder` that is no synthetic one.
     """
     unknown = set(counts) - set(SPLITS)
     if unknown or not sum(counts.values()) or min(counts.values()) < 0:
         raise ShardError(f"counts: {dict(counts)} must give numbers of scenes for {', '.join(SPLITS)}.")
     if size_px < 32:
         raise ShardError(f"size_px: {size_px} is below 32, where the small things vanish.")
+    if not 1 <= dates <= MOST_DATES:
+        raise ShardError(f"dates: {dates} is not within 1 to {MOST_DATES}.")
     path = Path(folder) / "captions.json"
     if path.exists() and _NAME not in path.read_text(encoding="utf-8", errors="replace"):
         raise ShardError(f"{path}: is not of synthetic scenes and stays. Choose another folder.")
@@ -86,13 +90,32 @@ def synthesize(
     rows = []
     jobs = [(split, index) for split in SPLITS for index in range(counts.get(split, 0))]
     for split, index in tqdm(jobs, desc="drawing", unit=" scenes", disable=not progress):
-        drawn = scene(index, seed=seed, split=split, size_px=size_px)
-        name = f"{split}_{index:06d}.jpg"
-        drawn.image.save(images / name, quality=93)
-        sentences = [{"raw": caption} for caption in drawn.captions]
-        rows.append({"filename": f"images/{name}", "split": split, "class": drawn.label, "sentences": sentences})
+        pictures, row = _drawn(index, seed, split, size_px, dates)
+        for name, image in pictures.items():
+            image.save(images / name, quality=93)
+        rows.append(row)
     path.write_text(json.dumps({"dataset": _NAME, "images": rows}), encoding="utf-8")
     return str(path)
+
+
+def _drawn(
+    index: int, seed: int, split: str, size_px: int, dates: int
+) -> tuple[dict[str, Image.Image], dict[str, Any]]:
+    """The pictures of a scene by file name, and its row of the caption file."""
+    stem = f"{split}_{index:06d}"
+    if dates == 1:
+        image, label, captions = scene(index, seed=seed, split=split, size_px=size_px)
+        pictures, files = {f"{stem}.jpg": image}, {"filename": f"images/{stem}.jpg"}
+        return pictures, {**files, "split": split, "class": label, "sentences": _sentences(captions)}
+    taken, label, captions = change(index, dates=dates, seed=seed, split=split, size_px=size_px)
+    years = [str(2000 + date) for date in range(dates)]
+    pictures = {f"{stem}_{year}.jpg": image for year, image in zip(years, taken, strict=True)}
+    listed = {"filenames": [f"images/{name}" for name in pictures], "dates": years}
+    return pictures, {**listed, "split": split, "class": label, "sentences": _sentences(captions)}
+
+
+def _sentences(captions: Iterable[str]) -> list[dict[str, str]]:
+    return [{"raw": caption} for caption in captions]
 
 
 def _captions(facts: Facts, rng: np.random.Generator) -> tuple[str, ...]:

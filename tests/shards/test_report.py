@@ -198,7 +198,7 @@ def test_real_ucm_shows_its_known_duplicates(tmp_path: Path) -> None:
 def test_page_shows_captions_of_images_that_pillow_cannot_read(shards: str) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib (extra plot) is not installed")
     made = report([shards])
-    html = page(made._replace(shown=[seen._replace(image=b"no image") for seen in made.shown]))
+    html = page(made._replace(shown=[seen._replace(images=[b"no image"]) for seen in made.shown]))
     assert "data:image/jpeg" not in html
     assert html.count("(no image that Pillow reads)") == 7
     assert "word word" in html
