@@ -7,7 +7,7 @@ pickles are read as weights alone, and a configuration cannot allow a tokenizer 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +102,7 @@ def load(
                 **_tokenizer_options(config, trust_remote_code),
             )
             if isinstance(model, MSACLIP) and pretrained not in (None, UNTRAINED) and not towers_only:
-                _require_trained_head(spec, str(pretrained), model.msa_cfg.dates)
+                _require_trained_head(spec, str(pretrained), model)
     except ModelError:
         raise
     except (
@@ -225,19 +225,26 @@ def _require_weights(spec: str, path: str) -> None:
         raise ModelError(f"{spec}: {path} is a pointer of Git LFS, not the file itself; run `git lfs pull`.")
 
 
-def _require_trained_head(spec: str, pretrained: str, dates: int) -> None:
+def _require_trained_head(spec: str, pretrained: str, model: MSACLIP) -> None:
     """Refuse weights of a plain CLIP model, or of one date: they start a training well, but leave a part random."""
     keys = load_state_dict(pretrained) if os.path.isfile(pretrained) else {}
-    if not any(key.startswith(MSA_PREFIXES) for key in keys):
+    if _lacks(keys, model, MSA_PREFIXES):
         raise ModelError(
             f"{spec}: these are weights of a plain CLIP model, MSA's own part would be random. "
             "Train it first (`--pretrained` of open_clip_train.main starts from them), or evaluate the plain model."
         )
-    if dates > 1 and not any(key.startswith(DATE_PREFIXES) for key in keys):
+    if _lacks(keys, model, DATE_PREFIXES):
         raise ModelError(
-            f"{spec}: these are weights of a model of one date, the fusion of {dates} dates would be random. Train it "
-            "first; `--pretrained` of open_clip_train.main starts from them."
+            f"{spec}: these are weights of a model of one date, the fusion of {model.msa_cfg.dates} dates would be "
+            "random. Train it first; `--pretrained` of open_clip_train.main starts from them."
         )
+
+
+def _lacks(keys: Iterable[str], model: nn.Module, prefixes: tuple[str, ...]) -> bool:
+    """Whether the model has such parameters, and the checkpoint none of them."""
+    return any(key.startswith(prefixes) for key in model.state_dict()) and not any(
+        key.startswith(prefixes) for key in keys
+    )
 
 
 def _require_finite(spec: str, model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from helpers import tiny
 from helpers.pages import assert_stands_alone
 from helpers.retrieval_data import randomise, scene, write_captioned_scenes, write_shards
 
@@ -143,6 +144,15 @@ def test_models_without_weights_are_refused(checkpoints, tiny_configs: Path) -> 
     with pytest.raises(ModelError, match="weights of a plain CLIP model, MSA's own part would be random"):
         load(f"MSA-tiny-ViT={plain}")
     assert load("tiny-ViT=untrained").scorer.rankings == ("global",)
+
+
+def test_weights_of_a_model_without_parts_of_its_own_are_whole(tmp_path: Path) -> None:
+    """The tower's feature alone, and no MSCMAT: what was trained is all there is."""
+    alone = {"fusion": "tower", "loss": {"fused_weight": 0.0, "global_weight": 1.0}}
+    tiny.write_config(tmp_path, "MSA-tiny-alone", tiny.config(msa=alone))
+    open_clip.add_model_config(tmp_path)
+    torch.save(open_clip.create_model("MSA-tiny-alone").state_dict(), tmp_path / "alone.pt")
+    assert load(f"MSA-tiny-alone={tmp_path / 'alone.pt'}").scorer.rankings == ("global",)
 
 
 def write_run(folder: Path, values: dict[int, float], weights: str) -> str:
