@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class LoadedModel:
     preprocess: Preprocess
     tokenizer: Tokenizer
     precision: str = "fp32"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What it was built from, as `open_clip.get_model_config` gives it; with the options that `load` was given."""
 
 
 def load(
@@ -110,7 +112,8 @@ def load(
     ) as error:  # for one broken file or another torch, safetensors and open_clip raise nearly everything
         raise ModelError(f"{spec}: cannot be loaded: {one_line(error)}") from error
     _require_finite(spec, model)
-    return LoadedModel(spec, Scorer(model.eval(), precision), preprocess, tokenizer, precision)
+    built_from = model.built_from if isinstance(model, MSACLIP) else config
+    return LoadedModel(spec, Scorer(model.eval(), precision), preprocess, tokenizer, precision, built_from)
 
 
 def split_spec(spec: str) -> tuple[str, str | None]:

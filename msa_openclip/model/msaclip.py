@@ -67,6 +67,7 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         super().__init__(embed_dim, vision_cfg, _with_tokens(text_cfg), **clip_kwargs)
         self._features_of: Source | None = None
         self.msa_cfg = cfg
+        self.built_from = {"vision_cfg": vision_cfg, "text_cfg": text_cfg}
         self.image_scales = ImageScales(self.visual, cfg.image_scales)
         self.scale_inputs = ScaleInputs(self.image_scales.channels, cfg.scale_inputs)
         self.fusion = _build_fusion(cfg, self.image_scales.channels, embed_dim)

@@ -21,8 +21,7 @@ from ..data.small_files import FileProblem, parse_json
 from ..data.streams import StreamError, open_shard
 from ..model.labelled import class_number
 from ..shards.imagery.prepare import open_image
-from ..shards.readers.fields import encodable
-from ..shards.records import clean_caption
+from ..shards.readers.fields import encodable, usable_caption
 from ..shards.storage import store
 from ..shards.storage.tars import IMAGE_MEMBERS, content, headers, open_tar
 from .shares import ShardDataError, Share
@@ -185,7 +184,7 @@ def _usable(members: Sample, tally: Tally, images: Sequence[str]) -> Sample | No
     except UnicodeDecodeError as error:
         tally.reject(members, "captions are not UTF-8", str(error), passed=tally.complete)
         return None
-    captions = [caption for caption in map(clean_caption, lines) if caption]
+    captions = [caption for caption in map(usable_caption, lines) if caption]
     if not captions:
         tally.reject(members, "captions are blank", passed=tally.complete)
         return None

@@ -10,10 +10,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from ..records import ShardError
+from ..records import ShardError, clean_caption
 from ..storage import json_text
 
 T = TypeVar("T")
+MISSING = ("nan", "NaN", "None", "null", "NULL", "<NA>")
+"""What careless programs write into a table where a caption is missing."""
 
 
 def member(row: Any, name: str, kind: type[T], where: str) -> T:
@@ -68,6 +70,15 @@ def captions(value: Any, where: str) -> list[str]:
         value = found
     listed = list(value) if isinstance(value, tuple) else typed(value, list, where)
     return ["" if is_missing(text) else typed(text, str, f"{where}[{index}]") for index, text in enumerate(listed)]
+
+
+def usable_caption(text: str) -> str:
+    """A caption with its white space collapsed; empty where it says nothing, so that it is passed over everywhere.
+
+    That is so of blank ones, of those that stand for a missing one, and of half characters, which no file can hold.
+    """
+    caption = clean_caption(text)
+    return "" if caption in MISSING or not encodable(caption) else caption
 
 
 def is_missing(value: Any) -> bool:
