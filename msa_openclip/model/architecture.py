@@ -46,7 +46,7 @@ def architecture(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
             for name, value in given.items()
             if name not in _NO_MATTER[part] and _plain(value) != _plain(usual.get(name))
         }
-    hugging_face = getattr(getattr(model, "text", None), "config", None)
+    hugging_face: Any = getattr(getattr(model, "text", None), "config", None)
     if hasattr(hugging_face, "to_diff_dict"):
         found["text_model"] = {
             name: value
