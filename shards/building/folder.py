@@ -124,8 +124,8 @@ class BuildFolder:
         foreign = [name for name in names if (self._is_shard(name) or name in manifest.FILES) and name not in earlier]
         if foreign:
             raise ShardError(
-                f"{store.join(self.url, foreign[0])}: stands where this build would write, and no build is known to have "
-                "made it. It is left alone: move it, or choose another folder."
+                f"{store.join(self.url, foreign[0])}: stands where this build would write, and no build is known to "
+                "have made it. It is left alone: move it, or choose another folder."
             )
         # The manifest goes last: until then it says, also after a kill, which shards are those of a build.
         for name in sorted(
