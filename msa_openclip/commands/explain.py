@@ -37,7 +37,7 @@ def run(parsed: argparse.Namespace) -> None:
     from ..data.captioned import CaptionedImage
     from ..data.pixels import load_image
     from ..explain.explanation import explain
-    from ..explain.figure import figure, view
+    from ..explain.figure import figure, save_figure, view
     from ..reports.report import write_json
     from ..shards.records import Location
     from .inputs import load_model
@@ -47,7 +47,7 @@ def run(parsed: argparse.Namespace) -> None:
     explanation = explain(model, image, parsed.text)
     print(_text(explanation))
     if parsed.figure:
-        figure(explanation, view(model, image)).savefig(parsed.figure, dpi=120)
+        save_figure(figure(explanation, view(model, image)), parsed.figure)
     if parsed.json:
         content = asdict(explanation)
         for scale in content["scales"]:

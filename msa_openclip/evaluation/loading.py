@@ -17,8 +17,9 @@ import torch
 from open_clip.factory import load_state_dict
 from torch import nn
 
+from ..data.checkpoint_files import is_whole
 from ..data.pixels import Preprocess
-from ..data.small_files import read_json, require_regular
+from ..data.small_files import LARGEST_CONFIG, FileProblem, read_json, require_regular
 from ..model.msaclip import MSA_PREFIXES, MSACLIP
 from .foreign_code import ForeignCodeError, no_foreign_code, refuse_code, tokenizer_options
 from .run_parameters import model_options
@@ -28,6 +29,7 @@ UNTRAINED = "untrained"
 """Given as the checkpoint, asks for random weights, to see what chance looks like."""
 PRECISIONS = ("fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16")
 """As open_clip_train.main has them; open_clip itself takes any other word for fp32."""
+_ZIP = b"PK\x03\x04"  # how torch's files begin
 _LONGEST_REASON = 300  # characters; torch lists every key of a checkpoint that does not fit
 
 
@@ -137,13 +139,19 @@ def one_line(error: BaseException) -> str:
 
 
 def _configuration(name: str) -> Mapping[str, Any]:
-    """What open_clip will build the model from; empty where none can be read, which open_clip reports next."""
+    """What open_clip will build the model from; empty where none can be read, which open_clip reports next.
+
+    Raises:
+        ModelError: the file of a folder is a pipe, too large, or no JSON; the message names it.
+    """
     try:
         if name.startswith("local-dir:"):
-            config = read_json(Path(name.removeprefix("local-dir:")) / "open_clip_config.json")
+            config = read_json(Path(name.removeprefix("local-dir:")) / "open_clip_config.json", LARGEST_CONFIG)
             found = config.get("model_cfg", config)
         else:
             found = open_clip.factory.get_model_config(name if name.startswith("hf-hub:") else name.replace("/", "-"))
+    except FileProblem as error:
+        raise ModelError(f"{name}: {error}") from error
     except Exception:
         return {}
     return found if isinstance(found, Mapping) else {}
@@ -156,7 +164,7 @@ def _require_weights(spec: str, path: str) -> None:
     """Refuse what is no checkpoint at all, by its first bytes.
 
     Raises:
-        ModelError: it is no regular file, is empty, or is a page or pointer that was saved in the place of one.
+        ModelError: it is no regular file, is empty or cut short, or a page or pointer was saved in the place of one.
     """
     try:
         size = require_regular(path).st_size
@@ -170,6 +178,11 @@ def _require_weights(spec: str, path: str) -> None:
         raise ModelError(f"{spec}: {path} is a web page, not a checkpoint; download the file itself.")
     if start.startswith(b"version https://git-lfs"):
         raise ModelError(f"{spec}: {path} is a pointer of Git LFS, not the file itself; run `git lfs pull`.")
+    if start.startswith(_ZIP) and not is_whole(path):
+        raise ModelError(
+            f"{spec}: cannot be loaded: {path} is cut short, or no checkpoint of torch. Copy it again, or take the "
+            "checkpoint before it."
+        )
 
 
 def _require_trained_head(spec: str, pretrained: str) -> None:

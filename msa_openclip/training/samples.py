@@ -21,6 +21,7 @@ from ..data.small_files import FileProblem, parse_json
 from ..data.streams import StreamError, open_shard
 from ..model.labelled import class_number
 from ..shards.imagery.prepare import open_image
+from ..shards.output import printable
 from ..shards.readers.fields import encodable, usable_caption
 from ..shards.storage import store
 from ..shards.storage.tars import IMAGE_MEMBERS, content, headers, open_tar
@@ -65,7 +66,7 @@ class Tally:
 
     def note(self, what: str, reason: str, detail: str = "") -> None:
         """Count a problem."""
-        what = what.encode("utf-8", "backslashreplace").decode()  # no log can hold a name that is not UTF-8
+        what, detail = printable(what), printable(detail)  # the trainer's log may go to a terminal
         if what in self.examples:
             return
         self.reasons[reason] += 1

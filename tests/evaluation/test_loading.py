@@ -168,7 +168,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "noise.pt": (lambda path: path.write_bytes(os.urandom(4096)), "cannot be loaded"),
     "cut.pt": (
         lambda path: (torch.save(weights(), path), path.write_bytes(path.read_bytes()[:-999])),
-        "cannot be loaded",
+        "cannot be loaded: .* is cut short, or no checkpoint of torch. Copy it again",
     ),
     "other.pt": (lambda path: torch.save(weights("tiny-RN"), path), "cannot be loaded: .*state_dict"),
     "nothing.pt": (lambda path: torch.save({}, path), "cannot be loaded"),
@@ -210,10 +210,18 @@ def test_precision_and_folders_without_weights(tmp_path: Path, tiny_configs: Pat
         load(f"local-dir:{tmp_path}")  # open_clip would go on with random ones
     (tmp_path / "open_clip_config.json").unlink()
     os.mkfifo(tmp_path / "open_clip_config.json")
-    with pytest.raises(ModelError, match="config file missing"):
+    with pytest.raises(ModelError, match=r"open_clip_config\.json: not a regular file \(a folder, pipe or device\)"):
         load(f"local-dir:{tmp_path}")
     with pytest.raises((OSError, ValueError)):
         open_clip.create_model(f"local-dir:{tmp_path}")  # with the plugin as without it: no waiting for the pipe
+
+
+def test_a_pipe_in_the_place_of_a_runs_parameters_is_named(tmp_path: Path, tiny_configs: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(weights(), tmp_path / "checkpoints/epoch_1.pt")
+    os.mkfifo(tmp_path / "params.txt")
+    with pytest.raises(ValueError, match=r"params\.txt: not a regular file"):
+        load(f"tiny-ViT={tmp_path / 'checkpoints/epoch_1.pt'}")
 
 
 def test_numbers_of_no_use_in_a_model_are_named(tmp_path: Path, tiny_configs: Path) -> None:
