@@ -22,7 +22,7 @@ from .arguments import (
 )
 from .exit_codes import run_command
 from .options import BuildOptions, ImageOptions, ReadOptions
-from .output import printable
+from .output import printable, printable_lines
 from .running.engines import ENGINES
 
 DESCRIPTION = "Captions and images of remote sensing -> WebDataset shards; checks, reports, drawn scenes."
@@ -112,7 +112,7 @@ def _run_build(parsed: argparse.Namespace, read: ReadOptions) -> None:
         dry_run=parsed.dry_run,
         progress=parsed.progress,
     )
-    print(summary.text())
+    print(printable_lines(summary.text()))
     if parsed.report and not parsed.dry_run:
         from .checks import report, report_page
         from .storage import store
@@ -213,7 +213,7 @@ def _synthesize(parsed: argparse.Namespace) -> None:
         path = synthesize(folder, counts, **drawing)
         if parsed.shards:
             options = BuildOptions(layout=parsed.shards, seed=parsed.seed)
-            print(build(path, parsed.out, options=options, progress=parsed.progress).text())
+            print(printable_lines(build(path, parsed.out, options=options, progress=parsed.progress).text()))
         else:
             print(f"{path}: {sum(counts.values())} scenes; for shards: {_PROG} build {path} OUT")
 

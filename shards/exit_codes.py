@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from .output import printable, until_unread
+from .output import log_printably, printable, printable_lines, until_unread
 from .records import ShardError
 
 
@@ -43,6 +43,7 @@ def _parse_and_run(
     except SystemExit as end:  # argparse has printed the help, or what is wrong
         return int(end.code or 0)
     # What `add_command` left there goes before the options are read, which some commands write into their reports.
+    log_printably()
     run, command, interrupted = (vars(parsed).pop(name) for name in ("run", "command", "interrupted"))
     try:
         with _terminable():
@@ -53,8 +54,8 @@ def _parse_and_run(
         print(f"{command.format_usage()}{command.prog}: error: {error}", file=sys.stderr)
         return 2
     except refusals as error:
-        said = [str(error)] if isinstance(error, ShardError) else str(error).splitlines()
-        print(f"{command.prog}: error: " + "\n".join(map(printable, said)), file=sys.stderr)
+        said = printable(str(error)) if isinstance(error, ShardError) else printable_lines(str(error))
+        print(f"{command.prog}: error: {said}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         print(interrupted, file=sys.stderr)

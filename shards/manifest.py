@@ -7,6 +7,7 @@ import platform
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
@@ -71,6 +72,32 @@ def read(folder: str) -> dict[str, Any]:
         ShardError: there is none, or it is damaged.
         ForeignManifest: it is no manifest of ours.
     """
+    content = _unchecked(folder)
+    try:
+        _check(content)
+    except _Damage as damage:
+        url = store.join(folder, "manifest.json")
+        raise ShardError(f"{url}: damaged: {damage}. Copy it again, or build again with --overwrite.") from damage
+    return content
+
+
+def listed(folder: str) -> set[str]:
+    """Names of the shards of a finished build, also where its manifest is damaged: sizes.json has them, too.
+
+    Raises:
+        ShardError: there is no manifest, or it is no JSON.
+        ForeignManifest: it is no manifest of ours.
+    """
+    rows = _unchecked(folder).get("shards")
+    names = [row.get("file") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    with suppress(ShardError, OSError):
+        sizes = json_text.parse(store.read_bytes(store.join(folder, "sizes.json")), "sizes.json")
+        names += sizes if isinstance(sizes, dict) else []
+    return {name for name in names if isinstance(name, str) and _FILE.fullmatch(name)}
+
+
+def _unchecked(folder: str) -> dict[str, Any]:
+    """A manifest of ours, whose parts may be damaged."""
     url = store.join(folder, "manifest.json")
     try:
         content = json_text.parse(store.read_bytes(url), url)
@@ -78,10 +105,6 @@ def read(folder: str) -> dict[str, Any]:
         raise ShardError(f"{url}: no such file; the folder holds no finished build.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ForeignManifest(f"{url}: not a manifest of format {FORMAT}.")
-    try:
-        _check(content)
-    except _Damage as damage:
-        raise ShardError(f"{url}: damaged: {damage}. Copy it again, or build again with --overwrite.") from damage
     return content
 
 

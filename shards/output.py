@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import signal
 import sys
@@ -19,6 +20,28 @@ def printable(text: str) -> str:
     A caption could otherwise clear the screen, forge the lines around it or turn them from right to left.
     """
     return "".join(c if _is_harmless(c) else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """`printable` of each line of a text whose own line breaks are ours."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+class PrintableFormatter(logging.Formatter):
+    """Log records name files, samples and captions of anybody's: `printable_lines` of them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as text."""
+        return printable_lines(super().format(record))
+
+
+def log_printably() -> None:
+    """Let this process's log, unless somebody has set one up, print nothing that acts on a terminal."""
+    root = logging.getLogger()
+    if not root.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(PrintableFormatter("%(levelname)s:%(name)s:%(message)s"))
+        root.addHandler(handler)
 
 
 def _is_harmless(character: str) -> bool:

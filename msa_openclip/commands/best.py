@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from ..reports.run_selection import best_epoch, mean_and_sd
+from ..reports.run_selection import best_epoch, mean_and_sd, require_whole
 from ..shards.arguments import Commands, add_command
 from .options import add_data, add_metric, add_reports, add_running
 
@@ -27,6 +27,8 @@ def run(parsed: argparse.Namespace) -> None:
     """Choose, test, report."""
     # Before torch is imported: a run that cannot be chosen from is refused at once.
     chosen = [best_epoch(folder, parsed.metric) for folder in parsed.runs]
+    for best in chosen:
+        require_whole(best)
     for best in chosen:
         print(f"{best.run}: epoch {best.epoch}, {best.metric} {best.value:.2f} on val", flush=True)
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from ..shards.arguments import Commands, add_command
+from ..shards.output import printable_lines
 from .options import add_metric
 
 
@@ -30,6 +31,6 @@ def run(parsed: argparse.Namespace) -> None:
     facts = gather(parsed.run_folder, parsed.eval, parsed.metric)
     title = parsed.title or parsed.repo.rpartition("/")[2]
     text = card(facts, title=title, repository=parsed.repo, license=parsed.license)
-    print(text, end="")
+    print(printable_lines(text), end="")
     blanks = [line.strip("- ") for line in text.splitlines() if OPEN in line]
-    print("\n".join([f"{len(blanks)} places are left to you:", *blanks]), file=sys.stderr)
+    print(printable_lines("\n".join([f"{len(blanks)} places are left to you:", *blanks])), file=sys.stderr)

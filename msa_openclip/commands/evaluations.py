@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ..data.readers import read_shards
@@ -15,6 +14,7 @@ from ..evaluation.loading import LoadedModel
 from ..evaluation.metrics import Ties
 from ..reports import report
 from ..reports.examples import find_examples
+from ..shards.storage import store
 from .inputs import load_model, running
 
 
@@ -55,7 +55,7 @@ def write(parsed: argparse.Namespace, data: EvalSet, results: Sequence[report.Mo
     if parsed.html:
         from ..reports.page import page
 
-        Path(parsed.html).write_text(page(data, results), encoding="utf-8")
+        store.write_text(parsed.html, page(data, results))
 
 
 def _plain(parsed: argparse.Namespace) -> argparse.Namespace:

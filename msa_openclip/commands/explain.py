@@ -43,7 +43,7 @@ def run(parsed: argparse.Namespace) -> None:
     from ..data.captioned import CaptionedImage
     from ..data.pixels import load_image
     from ..explain.explanation import explain
-    from ..explain.figure import figure, view
+    from ..explain.figure import figure, save_figure, view
     from ..reports.report import write_json
     from ..shards.records import Location
     from .inputs import load_model
@@ -55,7 +55,7 @@ def run(parsed: argparse.Namespace) -> None:
     explanation = explain(model, pictures, parsed.text)
     print(_text(explanation))
     if parsed.figure:
-        figure(explanation, view(model, pictures)).savefig(parsed.figure, dpi=120)
+        save_figure(figure(explanation, view(model, pictures)), parsed.figure)
     if parsed.json:
         content = asdict(explanation)
         for scale in content["scales"]:

@@ -64,7 +64,9 @@ def running(parsed: argparse.Namespace) -> EvalOptions:
 
 
 def load_model(spec: str, parsed: argparse.Namespace, **how: Any) -> LoadedModel:
-    """The model on --device, in --precision where the subcommand has it; `how` are further arguments of `load`.
+    """The model on --device, in --precision where the subcommand has it, its code run if --trust-remote-code says so.
+
+    `how` are further arguments of `load`.
 
     Raises:
         ModelError: this machine has no such device, or the model cannot be loaded.
@@ -73,7 +75,8 @@ def load_model(spec: str, parsed: argparse.Namespace, **how: Any) -> LoadedModel
     name = parsed.device if ":" in parsed.device or parsed.device == "cpu" else f"{parsed.device}:0"
     if name not in devices:
         raise ModelError(f"--device {parsed.device}: this machine has {', '.join(devices)} only.")
-    return load(spec, parsed.device, getattr(parsed, "precision", "fp32"), **how)
+    precision = getattr(parsed, "precision", "fp32")
+    return load(spec, parsed.device, precision, trust_remote_code=parsed.trust_remote_code, **how)
 
 
 def _devices() -> list[str]:

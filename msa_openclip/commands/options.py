@@ -55,15 +55,17 @@ def add_running(parser: argparse.ArgumentParser) -> None:
 
 
 def add_loading(group: argparse._ActionsContainer) -> None:
-    """--device and --precision, as `loading.load` takes them."""
+    """--device, --precision and --trust-remote-code, as `loading.load` takes them."""
     add_device(group)
     add_choice(group, "--precision", "of the towers, as for open_clip_train.main", PRECISIONS)
 
 
 def add_device(group: argparse._ActionsContainer) -> None:
-    """--device alone."""
+    """--device and --trust-remote-code."""
     text = f"{', '.join(DEVICES)}, cuda:1, ... (default: %(default)s)"
     group.add_argument("--device", type=device, default="cpu", help=text)
+    text = "let the Python code run that a model's tokenizer or text tower brings along; only if you trust its makers"
+    group.add_argument("--trust-remote-code", action="store_true", help=text)
 
 
 def add_batches(group: argparse._ActionsContainer) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import reprlib
@@ -18,9 +17,9 @@ from braceexpand import braceexpand
 
 from ..shards.imagery import prepare as shard_images
 from ..shards.options import ReadOptions
+from ..shards.readers import fields, intake, tables
 from ..shards.readers import formats as readers
-from ..shards.readers import intake
-from ..shards.records import Location, Rejection, clean_caption
+from ..shards.records import Location, Rejection, ShardError
 from ..shards.storage import store, tars
 from .captioned import CaptionedImage, EvalDataError, later_dates
 from .small_files import FileProblem, parse_json, require_regular
@@ -108,7 +107,7 @@ def _read_shard(url: str) -> Iterator[CaptionedImage]:
             if len(metadata.get("dates") or images) != len(images):
                 raise EvalDataError(f"{url}: sample {key}: {len(images)} images, its JSON says {metadata['dates']}.")
             image_id = metadata.get("image_id") or f"sha256:{content}"
-            captions = tuple(filter(None, map(clean_caption, text.splitlines())))
+            captions = tuple(filter(None, map(fields.usable_caption, text.splitlines())))
             location, *later = (Location(place_url, image.offset, image.size) for image in images)
             known: dict[str, Any] = {name: metadata[name] for name in ("geo", "meta", "dates") if name in metadata}
             known |= later_dates(later)
@@ -215,31 +214,29 @@ def read_captions(
 def read_csv(path: str, image_key: str, caption_key: str, separator: str = "\t") -> list[CaptionedImage]:
     """Images of an open_clip CSV, a line per caption; lines with the same image path belong together.
 
+    Cells are read as the shard builder reads them: a JSON list is several captions, and what stands for a missing one
+    ("nan", "None") is none.
+
     Raises:
-        EvalDataError: a column is missing or there twice, a row lacks a field, or a stray quote takes in other rows.
+        EvalDataError: a column is missing or there twice, a row lacks a field or its image, a stray quote takes in
+            other rows, or a line is not UTF-8.
     """
-    found: dict[str, list[str]] = {}
     try:
-        require_regular(path)
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file, delimiter=separator, strict=True)
-            names = list(rows.fieldnames or ())
-            for name in (image_key, caption_key):
-                if names.count(name) != 1:
-                    has = f"{names.count(name)} columns {name!r}" if name in names else f"no column {name!r}"
-                    raise EvalDataError(f"{path}: {has}; it has {', '.join(names)}.")
-            for row in rows:
-                image, caption = row[image_key], row[caption_key]
-                if not image or caption is None:
-                    raise EvalDataError(f"{path}: line {rows.line_num}: no {caption_key if image else image_key}.")
-                if any("\n" in text and separator in text for text in (image, caption)):
-                    raise EvalDataError(f"{path}: line {rows.line_num}: a quote that is not closed takes in rows.")
-                found.setdefault(image, []).append(clean_caption(caption))
-    except FileProblem as error:
+        columns = tables.columns_of(path, separator)
+        for name in (image_key, caption_key):
+            if name not in columns:
+                raise EvalDataError(f"{path}: no column {name!r}; it has {', '.join(columns)}.")
+        found = []
+        for name, rows in tables.rows_by_image(path, image_key, separator):
+            if not name:
+                raise EvalDataError(f"{path}: a row names no image in column {image_key!r}.")
+            texts = [text for row in rows for text in fields.captions(row[caption_key], f"{name}: {caption_key}")]
+            found.append(CaptionedImage(name, Location(name), tuple(filter(None, map(fields.usable_caption, texts)))))
+        return found
+    except (ShardError, OSError) as error:
         raise EvalDataError(str(error)) from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise EvalDataError(f"{path}: not a CSV that can be read: {error}.") from error
-    return [CaptionedImage(name, Location(name), tuple(filter(None, texts))) for name, texts in found.items()]
+    except TypeError as error:  # of `fields`
+        raise EvalDataError(f"{path}: {error}.") from error
 
 
 def read_folder(folder: str) -> list[CaptionedImage]:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 LIMIT_BYTES = 64 << 20
+LARGEST_CONFIG = 1 << 20
+"""Bytes of a model's configuration."""
 
 
 class FileProblem(ValueError):

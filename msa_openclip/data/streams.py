@@ -81,6 +81,26 @@ def version_of(url: str) -> str:
     return _version(url, _info(url))
 
 
+def content_mark(url: str) -> str:
+    """What tells the content of a shard from any other: a hash of its bytes; of a remote one what its store says of it.
+
+    Empty for `pipe:` commands, whose output cannot be known without running them.
+
+    Raises:
+        StreamError: it is absent, forbidden, or fails more often than RETRIES_VARIABLE allows.
+    """
+    if url.startswith("pipe:"):
+        return ""
+    found = hashlib.blake2b(digest_size=16)
+    if not store.is_local(url):
+        found.update(version_of(url).encode())
+        return found.hexdigest()
+    with open_shard(url) as file:
+        while block := file.read(BLOCK_BYTES):
+            found.update(block)
+    return found.hexdigest()
+
+
 def _info(url: str) -> dict[str, Any]:
     def find() -> dict[str, Any]:
         filesystem, path = store.filesystem(url)

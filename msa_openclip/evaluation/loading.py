@@ -7,9 +7,8 @@ pickles are read as weights alone, and a configuration cannot allow a tokenizer 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,19 @@ import torch
 from open_clip.factory import load_state_dict
 from torch import nn
 
+from ..data.checkpoint_files import is_whole
 from ..data.pixels import Preprocess
-from ..data.small_files import read_json, require_regular
+from ..data.small_files import LARGEST_CONFIG, FileProblem, read_json, require_regular
 from ..model.msaclip import DATE_PREFIXES, MSA_PREFIXES, MSACLIP
+from .foreign_code import ForeignCodeError, no_foreign_code, refuse_code, tokenizer_options
 from .run_parameters import model_options
 from .scorer import Scorer, Tokenizer
-
-try:  # not everybody has it; open_clip needs it for text towers and tokenizers of Hugging Face alone
-    from transformers import dynamic_module_utils as _transformers
-except ImportError:
-    _transformers = None  # type: ignore[assignment]
 
 UNTRAINED = "untrained"
 """Given as the checkpoint, asks for random weights, to see what chance looks like."""
 PRECISIONS = ("fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16")
 """As open_clip_train.main has them; open_clip itself takes any other word for fp32."""
-_WEIGHTS_ONLY, _NOT_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch's own
+_ZIP = b"PK\x03\x04"  # how torch's files begin
 _LONGEST_REASON = 300  # characters; torch lists every key of a checkpoint that does not fit
 
 
@@ -50,6 +46,8 @@ class LoadedModel:
     preprocess: Preprocess
     tokenizer: Tokenizer
     precision: str = "fp32"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What it was built from, as `open_clip.get_model_config` gives it; with the options that `load` was given."""
 
 
 def load(
@@ -81,12 +79,15 @@ def load(
         raise ModelError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}.")
     config = _configuration(name)
     if not trust_remote_code:
-        _refuse_code(spec, config)
+        try:
+            refuse_code(spec, config)
+        except ForeignCodeError as error:
+            raise ModelError(str(error)) from error
     if pretrained is not None and pretrained != UNTRAINED and os.path.exists(pretrained):
         _require_weights(spec, pretrained)
     as_trained = {**(model_options(pretrained, name) if pretrained else {}), **(options or {})}
     try:
-        with _no_foreign_code(allowed=trust_remote_code):
+        with no_foreign_code(allowed=trust_remote_code):
             model, _, preprocess = open_clip.create_model_and_transforms(
                 name,
                 pretrained=None if pretrained == UNTRAINED else pretrained,
@@ -99,7 +100,7 @@ def load(
             tokenizer = open_clip.get_tokenizer(
                 name,
                 context_length=as_trained.get("force_context_length"),
-                **_tokenizer_options(config, trust_remote_code),
+                **tokenizer_options(config, trust=trust_remote_code),
             )
             if isinstance(model, MSACLIP) and pretrained not in (None, UNTRAINED) and not towers_only:
                 _require_trained_head(spec, str(pretrained), model)
@@ -110,7 +111,8 @@ def load(
     ) as error:  # for one broken file or another torch, safetensors and open_clip raise nearly everything
         raise ModelError(f"{spec}: cannot be loaded: {one_line(error)}") from error
     _require_finite(spec, model)
-    return LoadedModel(spec, Scorer(model.eval(), precision), preprocess, tokenizer, precision)
+    built_from = model.built_from if isinstance(model, MSACLIP) else config
+    return LoadedModel(spec, Scorer(model.eval(), precision), preprocess, tokenizer, precision, built_from)
 
 
 def split_spec(spec: str) -> tuple[str, str | None]:
@@ -136,70 +138,23 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:_LONGEST_REASON]}{' ...' if len(text) > _LONGEST_REASON else ''}"
 
 
-# ---- code that comes with a model
-
-
 def _configuration(name: str) -> Mapping[str, Any]:
-    """What open_clip will build the model from; empty where none can be read, which open_clip reports next."""
+    """What open_clip will build the model from; empty where none can be read, which open_clip reports next.
+
+    Raises:
+        ModelError: the file of a folder is a pipe, too large, or no JSON; the message names it.
+    """
     try:
         if name.startswith("local-dir:"):
-            config = read_json(Path(name.removeprefix("local-dir:")) / "open_clip_config.json")
+            config = read_json(Path(name.removeprefix("local-dir:")) / "open_clip_config.json", LARGEST_CONFIG)
             found = config.get("model_cfg", config)
         else:
             found = open_clip.factory.get_model_config(name if name.startswith("hf-hub:") else name.replace("/", "-"))
+    except FileProblem as error:
+        raise ModelError(f"{name}: {error}") from error
     except Exception:
         return {}
     return found if isinstance(found, Mapping) else {}
-
-
-def _refuse_code(spec: str, config: Mapping[str, Any]) -> None:
-    """Refuse a configuration that switches remote code on, at any depth of it."""
-    key = _switch_on(config, "model_cfg")
-    if key:
-        raise ModelError(
-            f"{spec}: its configuration sets {key}, which would run Python code that comes with the model. Remove the "
-            "key, or allow it yourself if you trust whoever made the model: load(..., trust_remote_code=True)."
-        )
-
-
-def _switch_on(value: Any, key: str) -> str | None:
-    """Where `trust_remote_code` is set to anything but false; None if nowhere."""
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            below = f"{key}.{name}"
-            found = below if name == "trust_remote_code" and item else _switch_on(item, below)
-            if found:
-                return found
-    if isinstance(value, list):
-        return next(filter(None, (_switch_on(item, f"{key}[{place}]") for place, item in enumerate(value))), None)
-    return None
-
-
-def _tokenizer_options(config: Mapping[str, Any], trust_remote_code: bool) -> dict[str, Any]:
-    """The answer that transformers would otherwise ask of whoever sits at the terminal, or of standard input."""
-    text_cfg = config.get("text_cfg")
-    from_hub = not config or (isinstance(text_cfg, Mapping) and "hf_tokenizer_name" in text_cfg)
-    return {"trust_remote_code": trust_remote_code} if from_hub else {}
-
-
-@contextmanager
-def _no_foreign_code(*, allowed: bool) -> Iterator[None]:
-    """While a model is built: checkpoints are read as weights alone, and transformers cannot ask whether code may run.
-
-    open_clip 3.3 falls back to a load without `weights_only` after a TypeError, which a crafted pickle can raise.
-    """
-    before = {name: os.environ.pop(name, None) for name in (_WEIGHTS_ONLY, _NOT_WEIGHTS_ONLY)}
-    os.environ[_WEIGHTS_ONLY] = "1"
-    seconds = None if _transformers is None else _transformers.TIME_OUT_REMOTE_CODE
-    if seconds is not None and not allowed:
-        _transformers.TIME_OUT_REMOTE_CODE = 0  # it would read the answer from standard input
-    try:
-        yield
-    finally:
-        if seconds is not None:
-            _transformers.TIME_OUT_REMOTE_CODE = seconds
-        del os.environ[_WEIGHTS_ONLY]
-        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 # ---- weights
@@ -209,7 +164,7 @@ def _require_weights(spec: str, path: str) -> None:
     """Refuse what is no checkpoint at all, by its first bytes.
 
     Raises:
-        ModelError: it is no regular file, is empty, or is a page or pointer that was saved in the place of one.
+        ModelError: it is no regular file, is empty or cut short, or a page or pointer was saved in the place of one.
     """
     try:
         size = require_regular(path).st_size
@@ -223,6 +178,11 @@ def _require_weights(spec: str, path: str) -> None:
         raise ModelError(f"{spec}: {path} is a web page, not a checkpoint; download the file itself.")
     if start.startswith(b"version https://git-lfs"):
         raise ModelError(f"{spec}: {path} is a pointer of Git LFS, not the file itself; run `git lfs pull`.")
+    if start.startswith(_ZIP) and not is_whole(path):
+        raise ModelError(
+            f"{spec}: cannot be loaded: {path} is cut short, or no checkpoint of torch. Copy it again, or take the "
+            "checkpoint before it."
+        )
 
 
 def _require_trained_head(spec: str, pretrained: str, model: MSACLIP) -> None:

@@ -56,7 +56,7 @@ def model_options(checkpoint: str, model: str) -> dict[str, Any]:
     """
     folder = Path(checkpoint).parent
     run = folder.parent
-    if folder.name != "checkpoints" or not (run / "params.txt").is_file():
+    if folder.name != "checkpoints" or not (run / "params.txt").exists():
         return {}
     parameters = read_parameters(run)
     if parameters["model"] != model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..data.pixels import dates_of
 from ..evaluation.loading import LoadedModel
 from ..shards.output import printable
+from ..shards.storage import store
 from .explanation import ExplainError, Explanation
 
 _DARK = 0.2
@@ -44,6 +46,20 @@ def spotlight(picture: Image.Image, positions: Tensor) -> Image.Image:
     share = (255 * positions / positions.max()).round().byte().numpy()
     light = Image.fromarray(share).resize(picture.size, Image.Resampling.BILINEAR)
     return Image.composite(picture, ImageEnhance.Brightness(picture).enhance(_DARK), light)
+
+
+def save_figure(drawn: Any, path: str) -> None:
+    """Write a matplotlib figure in one step, in the format that the name of the file tells (PNG where it tells none).
+
+    Raises:
+        ExplainError: matplotlib knows no such format.
+    """
+    format = PurePath(path).suffix.removeprefix(".").lower() or "png"
+    known = drawn.canvas.get_supported_filetypes()
+    if format not in known:
+        raise ExplainError(f"{path}: .{format} is no format of figures; choose one of {', '.join(sorted(known))}.")
+    with store.atomic_write(path) as file:
+        drawn.savefig(file, dpi=120, format=format)
 
 
 def figure(explanation: Explanation, picture: Image.Image) -> Any:

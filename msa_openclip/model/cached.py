@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .architecture import architecture
 from .towers import LearnedPool
 from .weights import digest
 
@@ -163,6 +164,7 @@ def _settings(model: Any) -> dict[str, Any]:
         "image_scales": [asdict(scale) for scale in model.msa_cfg.image_scales],
         "text_tokens": asdict(model.msa_cfg.text_tokens),
         "preprocess": model.visual.preprocess_cfg,
+        "config": architecture(model, model.built_from),
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings))  # lists for tuples, as they come back from a file
     return plain

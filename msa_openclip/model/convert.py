@@ -109,15 +109,18 @@ def convert_checkpoint(source: Path, target: Path) -> int:
     """`convert_released_state_dict` from file to file, .pt or .safetensors; returns the number of tensors written.
 
     Raises:
-        ConversionError: the source is no checkpoint of the released code.
+        ConversionError: the source is no checkpoint of the released code, or would be replaced.
     """
+    if target.exists() and source.samefile(target):
+        raise ConversionError(f"{target}: is the checkpoint that is to be converted; give the result another name.")
     converted = convert_released_state_dict(_read(source))
     if target.suffix == ".safetensors":
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        save_file({key: value.contiguous() for key, value in converted.items()}, target)
+        store.write_bytes(str(target), save({key: value.contiguous() for key, value in converted.items()}))
     else:
-        torch.save(converted, target)
+        with store.atomic_write(str(target)) as file:
+            torch.save(converted, file)
     return len(converted)
 
 

@@ -68,6 +68,7 @@ class MSACLIP(CustomTextCLIP):  # type: ignore[misc]
         super().__init__(embed_dim, vision_cfg, _with_tokens(text_cfg), **clip_kwargs)
         self._features_of: Source | None = None
         self.msa_cfg = cfg
+        self.built_from = {"vision_cfg": vision_cfg, "text_cfg": text_cfg}
         self.image_scales = ImageScales(self.visual, cfg.image_scales)
         self.date_fusion: DateFusion | None = None
         if cfg.dates > 1:

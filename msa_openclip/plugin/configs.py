@@ -11,11 +11,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..data.small_files import FileProblem, read_json
+from ..data.small_files import LARGEST_CONFIG, FileProblem, read_json
 
 CONFIG_DIR_VARIABLE = "MSA_OPENCLIP_CONFIGS"
 """Environment variable: a directory of model configuration files of the user's own (several, as in PATH)."""
-_LARGEST_CONFIG = 1 << 20  # bytes
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ def _shipped_configs(package: Path) -> Path:
 def _usable(path: Path, known: Collection[str]) -> dict[str, Any] | None:
     """The configuration in a file, if open_clip can use it; else the log says why not."""
     try:
-        config = read_json(path, _LARGEST_CONFIG)
+        config = read_json(path, LARGEST_CONFIG)
         if not isinstance(config, dict):
             raise FileProblem(f"{path}: it holds no object.")
         absent = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
@@ -81,7 +80,7 @@ def model_config(model_name: str, cache_dir: str | None = None) -> dict[str, Any
             config = factory._get_hf_config(identifier, cache_dir=cache_dir)
             found = config.get("model_cfg", config)
         elif schema == "local-dir":  # open_clip would wait for ever for a pipe of this name
-            config = read_json(Path(identifier) / "open_clip_config.json", _LARGEST_CONFIG)
+            config = read_json(Path(identifier) / "open_clip_config.json", LARGEST_CONFIG)
             found = config.get("model_cfg", config)
         else:
             found = factory.get_model_config(model_name if schema else model_name.replace("/", "-"))

@@ -15,6 +15,7 @@ from ..evaluation.eval_set import EvalSet
 from ..evaluation.evaluate import Evaluation
 from ..evaluation.metrics import Ties
 from ..evaluation.scorer import main_ranking
+from ..shards.storage import store
 from .examples import Examples
 
 COLUMNS = ("i2t_R@1", "i2t_R@5", "i2t_R@10", "t2i_R@1", "t2i_R@5", "t2i_R@10", "mR")
@@ -116,8 +117,8 @@ def captions_by_part(data: EvalSet) -> dict[str, int]:
 
 
 def write_json(path: str, content: Any) -> None:
-    """Write plain data, indented."""
-    Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """Write plain data, indented, in one step."""
+    store.write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def as_dict(data: EvalSet, results: Sequence[ModelResult], parsed: argparse.Namespace | None = None) -> dict[str, Any]:

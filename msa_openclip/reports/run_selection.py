@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.checkpoint_files import is_whole
 from ..data.small_files import FileProblem, parse_json, read_text
 from ..evaluation.run_parameters import RunError, read_parameters
 
@@ -68,6 +69,15 @@ def best_epoch(run: str, metric: str = METRIC) -> BestEpoch:
     if not checkpoint.is_file():
         raise RunError(f"{checkpoint}: not found, and epoch {epoch} is the best; train with --save-frequency 1.")
     return BestEpoch(run, read_parameters(folder)["model"], epoch, metric, values[epoch], str(checkpoint))
+
+
+def require_whole(best: BestEpoch) -> None:
+    """Raise RunError if a kill left the checkpoint of the best epoch half-written."""
+    if not is_whole(best.checkpoint):
+        raise RunError(
+            f"{best.checkpoint}: cut short, and epoch {best.epoch} is the best; copy it again, or train on from the "
+            "epoch before (--resume)."
+        )
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

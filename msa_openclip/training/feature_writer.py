@@ -7,7 +7,7 @@ import json
 import logging
 import random
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..data.pixels import batch_spans
+from ..data.streams import content_mark
 from ..evaluation.loading import LoadedModel
+from ..model.architecture import token_mark
 from ..model.cached import FeatureError, describe_towers
 from ..shards.storage import store
+from ..shards.storage.locking import one_writer
 from .feature_options import FeatureOptions
 from .features import MEMBER, Header, pack, read_header
 from .samples import Sample, Tally, decode, read_share
@@ -31,7 +34,8 @@ _log = logging.getLogger(__name__)
 def write_features(model: LoadedModel, shards: Sequence[str], folder: str, options: FeatureOptions) -> int:
     """Write the features of shards, a shard of features for each; returns how many were new.
 
-    Interrupted, the same call goes on with the shard where it stopped.
+    Interrupted, the same call goes on with the shard where it stopped.  A shard whose content has changed since is
+    written again, except behind a `pipe:` command, which is not run to find out.
 
     Example:
         >>> write_features(load("MSA-ViT-B=epoch_9.pt"), ["train-000000.tar"], "features", FeatureOptions())
@@ -41,18 +45,34 @@ def write_features(model: LoadedModel, shards: Sequence[str], folder: str, optio
         FeatureError: the folder holds other features, the model has no locked part to cache, or float16 cannot hold
             its outputs.
         StreamError, ShardDataError: a shard cannot be read, or holds nothing that can be used.
+        BeingWritten: another process is writing to the folder.
     """
     names = [store.base_name(url) for url in shards]
     if len(set(names)) != len(names):
         raise FeatureError(f"{folder}: two of the {len(names)} shards have one name; write them to two folders.")
-    header = _opened(model, list(shards), folder, options)
-    missing = [url for url, name in zip(shards, names, strict=True) if name not in header.shards]
-    for url in missing:
-        name = store.base_name(url)
-        header.shards[name] = _write_shard(model, url, store.join(folder, name), options)
-        header.write(folder)
-    _write_sizes(header, folder)
-    return len(missing)
+    store.make_folder(folder)
+    new = 0
+    with one_writer(folder):
+        header = _opened(model, list(shards), folder, options)
+        for url, name in zip(shards, names, strict=True):
+            target, source = store.join(folder, name), content_mark(url)
+            if _is_written(header.shards.get(name), target, source):
+                continue
+            header.shards[name] = {**_write_shard(model, url, target, options), "source": source}
+            header.write(folder)
+            new += 1
+        _write_sizes(header, folder)
+    return new
+
+
+def _is_written(known: Mapping[str, Any] | None, target: str, source: str) -> bool:
+    """Whether the features of a shard are there, whole, and those of its present content."""
+    if known is None:
+        return False
+    if known.get("source") != source:
+        _log.warning("%s: made of a shard that has been replaced since; it is written again.", target)
+        return False
+    return store.exists(target) and store.size(target) == known.get("bytes")
 
 
 def _opened(model: LoadedModel, shards: list[str], folder: str, options: FeatureOptions) -> Header:
@@ -68,11 +88,11 @@ def _opened(model: LoadedModel, shards: list[str], folder: str, options: Feature
         views=options.views,
         aug_cfg=dict(options.aug_cfg or {}) if options.views else {},
         context_length=model.tokenizer(["a"]).shape[1],
+        tokenizer=token_mark(model.tokenizer),
         source=shards,
     )
     known = read_header(folder)
     if known is None:
-        store.make_folder(folder)
         wanted.write(folder)
         return wanted
     there, asked = known.settings(), wanted.settings()
@@ -105,7 +125,11 @@ def _write_shard(model: LoadedModel, url: str, target: str, options: FeatureOpti
         _log.warning("%s: %d samples left out:\n  %s", url, tally.problems, tally)
     if not written:
         raise tally.nothing_usable(url)
-    return {"samples": written, "tokens": max(len(tokens) for _, _, tokens in texts.values())}
+    return {
+        "samples": written,
+        "tokens": max(len(tokens) for _, _, tokens in texts.values()),
+        "bytes": store.size(target),
+    }
 
 
 Text = tuple[Tensor, Tensor, Tensor]

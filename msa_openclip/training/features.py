@@ -25,13 +25,14 @@ from torch import Tensor
 
 from ..data.small_files import parse_json
 from ..data.streams import StreamError, read_if_there
+from ..model.architecture import token_mark
 from ..model.cached import CachedImages, CachedTexts, FeatureError, Source
 from ..shards.storage import store
 
 HEADER = "features.json"
 MEMBER = "features"
 """Extension of the samples."""
-FORMAT = 1
+FORMAT = 2  # 1 noted neither configuration nor tokenizer, nor the content of the shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +51,13 @@ class Header:
     aug_cfg: dict[str, Any]
     context_length: int
     """L."""
+    tokenizer: str
+    """`token_mark` of the tokenizer."""
     source: list[str]
     """The shards of images."""
-    shards: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Of those that are whole: `samples`, and `tokens`, the N of its longest caption."""
+    shards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of those that are whole: `samples`; `tokens`, the N of its longest caption; `bytes`; `source`, the `content_mark`
+    of the shard of images."""
 
     def settings(self) -> dict[str, Any]:
         """All but the progress: what must not change between two calls that write the same features."""
@@ -162,6 +166,11 @@ def feature_rows(urls: Sequence[str], args: Any, tokenizer: Any) -> FeatureRows 
     length = getattr(tokenizer, "context_length", header.context_length)
     if length != header.context_length:
         raise FeatureError(f"{first}: made for {header.context_length} token ids a text, the run has {length}.")
+    if tokenizer is not None and token_mark(tokenizer) != header.tokenizer:
+        raise FeatureError(
+            f"{first}: made with another tokenizer than the run's, or other options of it (text_cfg.tokenizer_kwargs). "
+            "Train the model that the features were made with, or make them again."
+        )
     longest = max(shard["tokens"] for other in found.values() for shard in other.shards.values())
     return FeatureRows(header.widths, longest, Source(first, json.dumps(header.towers)))
 

@@ -23,8 +23,8 @@ from ..data.small_files import FileProblem, parse_json
 from ..data.streams import StreamError, open_shard
 from ..model.labelled import class_number
 from ..shards.imagery.prepare import open_image
-from ..shards.readers.fields import encodable
-from ..shards.records import clean_caption
+from ..shards.output import printable
+from ..shards.readers.fields import encodable, usable_caption
 from ..shards.storage import store
 from ..shards.storage.tars import IMAGE_MEMBERS, content, headers, images_of, open_tar
 from .shares import ShardDataError, Share
@@ -71,7 +71,7 @@ class Tally:
 
     def note(self, what: str, reason: str, detail: str = "") -> None:
         """Count a problem."""
-        what = what.encode("utf-8", "backslashreplace").decode()  # no log can hold a name that is not UTF-8
+        what, detail = printable(what), printable(detail)  # the trainer's log may go to a terminal
         if what in self.examples:
             return
         self.reasons[reason] += 1
@@ -198,7 +198,7 @@ def _usable(members: Sample, tally: Tally, images: Sequence[str], dates: int) ->
     except UnicodeDecodeError as error:
         tally.reject(members, "captions are not UTF-8", str(error), passed=tally.complete)
         return None
-    captions = [caption for caption in map(clean_caption, lines) if caption]
+    captions = [caption for caption in map(usable_caption, lines) if caption]
     if not captions:
         tally.reject(members, "captions are blank", passed=tally.complete)
         return None

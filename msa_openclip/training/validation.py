@@ -27,6 +27,7 @@ from ..evaluation.evaluate import Evaluation, evaluate
 from ..evaluation.options import EvalOptions
 from ..evaluation.scorer import Scorer
 from ..model.msaclip import MSACLIP
+from ..shards.output import printable
 
 EVALUATE_VARIABLE = "MSA_OPENCLIP_EVALUATE"
 """Environment variable: `msa` (default) adds the metrics for MSA models, `all` for every model, `off` for none."""
@@ -162,7 +163,7 @@ def _readable(images: list[CaptionedImage], peers: Peers) -> list[CaptionedImage
         if error is None:
             readable.append(image)
         elif peers.rank == 0:
-            _log.warning("Left out of the retrieval metrics: %s", error)
+            _log.warning("Left out of the retrieval metrics: %s", printable(error))
     return readable
 
 

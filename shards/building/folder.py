@@ -118,22 +118,45 @@ class BuildFolder:
         """Remove the shards and files of earlier builds, and nothing else that lies here.
 
         Raises:
-            ShardError: manifest.json is somebody else's.
+            ShardError: something else stands where this build would write; nothing has been removed then.
         """
-        before = [self._unfinished(damaged={})]
-        if store.exists(store.join(self.url, "manifest.json")):
-            try:
-                before.append(manifest.read(self.url))
-            except manifest.ForeignManifest as error:
-                raise ShardError(f"{error} It is left alone: choose another folder.") from error
-            except ShardError:
-                pass  # damaged
-        earlier = {str(content["options"].get("name", "")) for content in before if content}
-        for name in store.names(self.url):
-            if name in manifest.FILES or any(_is_shard_of(prefix, name) for prefix in {*earlier, self._options.name}):
-                store.remove(store.join(self.url, name))
+        names, earlier = store.names(self.url), self._of_earlier_builds()
+        foreign = [name for name in names if (self._is_shard(name) or name in manifest.FILES) and name not in earlier]
+        if foreign:
+            raise ShardError(
+                f"{store.join(self.url, foreign[0])}: stands where this build would write, and no build is known to "
+                "have made it. It is left alone: move it, or choose another folder."
+            )
+        # The manifest goes last: until then it says, also after a kill, which shards are those of a build.
+        for name in sorted(
+            earlier.intersection(names), key=lambda name: (name in manifest.FILES, name == "manifest.json")
+        ):
+            store.remove(store.join(self.url, name))
         self.remove_half_written()
         self._forget()
+
+    def _of_earlier_builds(self) -> set[str]:
+        """Names of what builds have made here: what a manifest lists, and all shards where one has not finished.
+
+        A build begins in a folder without shards of its name, so those that lie there before its end are its own.
+
+        Raises:
+            ShardError: manifest.json is somebody else's, or no JSON at all.
+        """
+        made: set[str] = set()
+        unfinished = self._unfinished(damaged={"options": {}})
+        if unfinished is not None:
+            prefixes = {str(unfinished["options"].get("name", "")), self._options.name}
+            made.update(
+                name for name in store.names(self.url) if any(_is_shard_of(prefix, name) for prefix in prefixes)
+            )
+            made.update(manifest.FILES)
+        if store.exists(store.join(self.url, "manifest.json")):
+            try:
+                made.update(manifest.listed(self.url), manifest.FILES)
+            except ShardError as error:
+                raise ShardError(f"{error} It is left alone: move it, or choose another folder.") from error
+        return made
 
     def _unfinished(self, damaged: dict[str, Any] | None = None) -> dict[str, Any] | None:
         """What an unfinished build noted of itself; None if there is none.

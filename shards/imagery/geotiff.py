@@ -15,7 +15,7 @@ from PIL import Image
 from ..options import ImageOptions
 from ..records import ImageProblem, Location, Record, Rejection, ShardError
 from ..storage import store
-from .prepare import EncodedImage, encode, require_one_size
+from .prepare import EncodedImage, encode, is_measured, require_one_size
 
 _SAMPLED_PX = 1024  # percentiles are taken from the scene at no more than this size
 _METRES_PER_DEGREE = 111_320.0
@@ -84,7 +84,7 @@ def read_pixels(place: Location, options: ImageOptions) -> tuple[Image.Image, di
         window = Window(left, top, width, height)
         try:
             values = scene.read(bands, window=window)
-            valid = np.logical_and.reduce((scene.read_masks(bands, window=window) > 0) & np.isfinite(values))
+            valid = np.logical_and.reduce((scene.read_masks(bands, window=window) > 0) & is_measured(values))
         except Exception as error:  # rasterio raises GDAL's errors under several types
             raise ImageProblem(f"cannot be decoded: {error}") from error
         if not valid.any():
@@ -149,7 +149,7 @@ def _limits_of(url: str, bands: tuple[int, ...], low: float, high: float) -> NDA
     with open_scene(url) as scene:
         shape = (len(bands), min(scene.height, _SAMPLED_PX), min(scene.width, _SAMPLED_PX))
         values = scene.read(bands, out_shape=shape, masked=True)
-    known = [band.compressed()[np.isfinite(band.compressed())] for band in values]
+    known = [band.compressed()[is_measured(band.compressed())] for band in values]
     return np.array([np.percentile(band, (low, high)) if band.size else (0, 1) for band in known])
 
 

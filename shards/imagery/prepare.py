@@ -18,6 +18,8 @@ _FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "WEBP", "TIFF", "JPEG2000
 """Decoded within Pillow; EPS, behind whatever name, it would hand to Ghostscript, a program.  JPEG includes MPO."""
 _PLAIN_MODES = ("RGB", "L", "P", "RGBA", "LA", "1")  # convert("RGB") does the right thing; CMYK and 16 bit are ours
 _ORIENTATION = 0x0112
+_GDAL_NODATA = 42113  # tag of TIFF
+_NEVER_MEASURED = 1e38
 
 
 class EncodedImage(NamedTuple):
@@ -111,18 +113,39 @@ def encode(image: Image.Image, source_format: str, options: ImageOptions) -> Enc
     return EncodedImage(out.getvalue(), SUFFIX[kind], image.width, image.height)
 
 
-def to_8_bit(values: np.ndarray) -> np.ndarray:
-    """Stretch wider data linearly from its minimum and maximum to 0..255; NaN and infinities become black.
+def to_8_bit(values: np.ndarray, nodata: float | None = None) -> np.ndarray:
+    """Stretch wider data linearly from its minimum and maximum to 0..255; what is no measurement becomes black.
+
+    That is `nodata`, NaN, infinities, and the ends of float32, which many programs write where nothing was measured.
 
     Raises:
-        ImageProblem: no pixel is finite.
+        ImageProblem: no pixel is a measurement.
     """
-    finite = np.isfinite(values)
-    if not finite.any():
-        raise ImageProblem("no pixel is a finite number")
-    low, high = float(values[finite].min()), float(values[finite].max())
-    scaled = (values.astype(np.float64) - low) * (255.0 / max(high - low, 1e-12))
-    return np.asarray(np.where(finite, scaled, 0).round(), dtype=np.uint8)
+    known = is_measured(values)
+    if nodata is not None:
+        with np.errstate(over="ignore"):
+            known &= values != (np.float32(nodata) if values.dtype == np.float32 else nodata)
+    if not known.any():
+        raise ImageProblem("no pixel is a finite number" if nodata is None else "every pixel is nodata")
+    low, high = float(values[known].min()), float(values[known].max())
+    scaled = (np.where(known, values, low).astype(np.float64) - low) * (255.0 / max(high - low, 1e-12))
+    return np.asarray(np.where(known, scaled, 0).round(), dtype=np.uint8)
+
+
+def is_measured(values: np.ndarray) -> np.ndarray:
+    """True where a value is a number that a measurement can have, in the shape of `values`."""
+    found: np.ndarray = np.isfinite(values)
+    if values.dtype.kind == "f":
+        found &= np.abs(values) < _NEVER_MEASURED
+    return found
+
+
+def _nodata(image: Image.Image) -> float | None:
+    """The value by which a TIFF says that nothing was measured, as GDAL writes it."""
+    try:
+        return float(str(getattr(image, "tag_v2", {})[_GDAL_NODATA]).strip(" \0"))
+    except (KeyError, ValueError):
+        return None
 
 
 def _passes(image: Image.Image, options: ImageOptions) -> bool:
@@ -142,9 +165,9 @@ def _complete(data: bytes, suffix: str) -> bool:
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    turned = ImageOps.exif_transpose(image)
+    nodata, turned = _nodata(image), ImageOps.exif_transpose(image)
     if turned.mode.startswith(("I", "F")):
-        return Image.fromarray(to_8_bit(np.asarray(turned))).convert("RGB")
+        return Image.fromarray(to_8_bit(np.asarray(turned), nodata)).convert("RGB")
     if turned.mode == "L":
         return turned
     if turned.mode == "P":  # by way of RGBA, as a transparent palette entry asks

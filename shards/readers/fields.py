@@ -11,10 +11,12 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from ..records import ShardError
+from ..records import ShardError, clean_caption
 from ..storage import json_text
 
 T = TypeVar("T")
+MISSING = ("nan", "NaN", "None", "null", "NULL", "<NA>")
+"""What careless programs write into a table where a caption is missing."""
 
 
 def member(row: Any, name: str, kind: type[T], where: str) -> T:
@@ -88,6 +90,15 @@ def dates(value: Any, where: str) -> list[str | None]:
 
 
 _ISO_DATE = re.compile(r"\d{4}(-\d\d(-\d\d.*)?)?$")
+
+
+def usable_caption(text: str) -> str:
+    """A caption with its white space collapsed; empty where it says nothing, so that it is passed over everywhere.
+
+    That is so of blank ones, of those that stand for a missing one, and of half characters, which no file can hold.
+    """
+    caption = clean_caption(text)
+    return "" if caption in MISSING or not encodable(caption) else caption
 
 
 def is_missing(value: Any) -> bool:

@@ -13,9 +13,6 @@ from ..records import SPLITS, Entry, Location, Record, Rejection, clean_caption
 from ..storage import store
 from . import fields
 
-MISSING = ("nan", "NaN", "None", "null", "NULL", "<NA>")
-"""What careless programs write into a table where a caption is missing."""
-
 
 class ImageFolder:
     """Finds images by the names that caption files use: exact, elsewhere below the root, or with another extension.
@@ -131,14 +128,14 @@ def _clean(captions: tuple[str, ...], name: str) -> tuple[tuple[str, ...], list[
     kept, problems = [], []
     for index, caption in enumerate(captions):
         text, which = clean_caption(caption), f"caption {index} of {len(captions)}"
-        if not text:
-            problems.append(Rejection(name, "blank caption", which))
-        elif text in MISSING:
-            problems.append(Rejection(name, "blank caption", f"{which} is {text!r}, which stands for a missing one"))
-        elif not fields.encodable(text):
-            problems.append(Rejection(name, "caption not Unicode", f"{which} has half a character: {text!a:.80}"))
-        else:
+        if fields.usable_caption(text):
             kept.append(text)
+        elif not text:
+            problems.append(Rejection(name, "blank caption", which))
+        elif text in fields.MISSING:
+            problems.append(Rejection(name, "blank caption", f"{which} is {text!r}, which stands for a missing one"))
+        else:
+            problems.append(Rejection(name, "caption not Unicode", f"{which} has half a character: {text!a:.80}"))
     return tuple(kept), problems
 
 

@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 def read_table(url: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
     """One row per image with one or more caption columns, or one row per caption with the image repeated."""
-    columns = _columns(url)
+    columns = columns_of(url)
     image = options.image_column or _first(columns, IMAGE_COLUMNS, url, "image")
     captions = tuple(dict.fromkeys(options.caption_columns)) or caption_columns(columns, url)
     split, label = (
@@ -46,7 +46,7 @@ def read_table(url: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
     for name in (image, *captions, *filter(None, (options.split_column, options.label_column))):
         if name not in columns:
             raise ShardError(f"{url}: no column {name!r}; it has {', '.join(columns)}.")
-    for name, rows in _by_image(url, image):
+    for name, rows in rows_by_image(url, image):
         texts = tuple(
             text for row in rows for column in captions for text in fields.captions(row[column], f"{name}: {column}")
         )
@@ -103,37 +103,46 @@ def caption_columns(columns: Iterable[str], where: str) -> tuple[str, ...]:
     )
 
 
-def _by_image(url: str, image: str) -> Iterator[tuple[str, list[Row]]]:
-    """Rows by image: neighbours as they come, all of the table in memory only if one image's rows lie apart."""
+def rows_by_image(url: str, image: str, delimiter: str | None = None) -> Iterator[tuple[str, list[Row]]]:
+    """Rows by image: neighbours as they come, all of the table in memory only if one image's rows lie apart.
+
+    Args:
+        url: the table.
+        image: its column with the names of images; blank where a row has none.
+        delimiter: of a CSV; None: the one that its header has.
+    Raises:
+        ShardError: a row has not as many fields as the header, a quote is stray, or a line is not UTF-8.
+    """
     seen: set[int] = set()
     apart = False
-    for name, _ in itertools.groupby(_named_rows(url, image), key=itemgetter(0)):
+    for name, _ in itertools.groupby(_named_rows(url, image, delimiter), key=itemgetter(0)):
         apart = apart or hash(name) in seen
         seen.add(hash(name))
     if not apart:
-        neighbours = itertools.groupby(_named_rows(url, image), key=itemgetter(0))
+        neighbours = itertools.groupby(_named_rows(url, image, delimiter), key=itemgetter(0))
         yield from ((name, [row for _, row in rows]) for name, rows in neighbours)
         return
     groups: dict[str, list[Row]] = {}
-    for name, row in _named_rows(url, image):
+    for name, row in _named_rows(url, image, delimiter):
         groups.setdefault(name, []).append(row)
     yield from groups.items()
 
 
-def _named_rows(url: str, image: str) -> Iterator[tuple[str, Row]]:
+def _named_rows(url: str, image: str, delimiter: str | None) -> Iterator[tuple[str, Row]]:
     """Rows with the name of their image; blank where there is none."""
-    for number, row in enumerate(_rows(url, image)):
+    for number, row in enumerate(_rows(url, image, delimiter)):
         yield fields.label(row[image], f"row {number}.{image}") or "", row
 
 
-def _rows(url: str, image: str) -> Iterator[Row]:
+def _rows(url: str, image: str, delimiter: str | None) -> Iterator[Row]:
     if url.endswith(".parquet"):
         for batch in _parquet(url).iter_batches(8192):
             yield from batch.to_pylist()
         return
-    lines = _csv_lines(url)
+    delimiter = delimiter or _delimiter(url)
+    lines = _csv_lines(url, delimiter)
     _, header = next(lines)
-    at, delimiter = header.index(image), _delimiter(url)
+    at = header.index(image)
     for line, row in lines:
         if len(row) != len(header):
             raise ShardError(f"{url}: line {line} has not as many fields as the header; is a caption unquoted?")
@@ -142,7 +151,7 @@ def _rows(url: str, image: str) -> Iterator[Row]:
         yield dict(zip(header, row, strict=True))
 
 
-def _csv_lines(url: str) -> Iterator[tuple[int, list[str]]]:
+def _csv_lines(url: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Rows that are not empty, with the number of the line where each begins.
 
     Raises:
@@ -150,7 +159,7 @@ def _csv_lines(url: str) -> Iterator[tuple[int, list[str]]]:
     """
     with store.open_read(url) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.reader(text, delimiter=_delimiter(url), strict=True)
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
         while True:
             line = reader.line_num + 1
             try:
@@ -186,11 +195,16 @@ def _suffix(name: str) -> str:
     return PurePosixPath(name.strip(' "')).suffix.lower()
 
 
-def _columns(url: str) -> list[str]:
+def columns_of(url: str, delimiter: str | None = None) -> list[str]:
+    """The columns of a table.
+
+    Raises:
+        ShardError: two have one name.
+    """
     if url.endswith(".parquet"):
         columns = list(_parquet(url).schema_arrow.names)
     else:
-        columns = next(_csv_lines(url), (1, list[str]()))[1]
+        columns = next(_csv_lines(url, delimiter or _delimiter(url)), (1, list[str]()))[1]
     doubles = [name for name in columns if columns.count(name) > 1]
     if doubles:
         raise ShardError(f"{url}: two columns are called {doubles[0]!r}; rename one of them.")

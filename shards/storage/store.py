@@ -314,8 +314,13 @@ def target_of_temporary(name: str) -> str | None:
 def atomic_write(url: str) -> Iterator[IO[bytes]]:
     """Open a temporary neighbour of `url`; rename it at the end, or delete it when something was raised.
 
-    A local file is on the disk before it gets its name, and so is the name when this ends.
+    A local file is on the disk before it gets its name, and so is the name when this ends.  What is a pipe or device,
+    or /dev/stdout, is written to, not replaced.
     """
+    if is_local(url) and _is_no_place_for_files(local_path(url)):
+        with open(local_path(url), "wb") as file:
+            yield file
+        return
     temporary = join(parent(url), f".{base_name(url)}.{uuid.uuid4().hex[:8]}.tmp")
     if is_local(url):
         path, final = local_path(temporary), local_path(url)
@@ -338,6 +343,13 @@ def atomic_write(url: str) -> Iterator[IO[bytes]]:
         with suppress(OSError):
             remove(temporary)
         raise
+
+
+def _is_no_place_for_files(path: str) -> bool:
+    """True for pipes, devices and what leads to an open file: root could rename a file over them, and break them."""
+    if os.path.abspath(path).startswith(("/dev/", "/proc/")):
+        return not os.path.abspath(path).startswith("/dev/shm/")
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def rename(path: str, final: str) -> None:

@@ -21,6 +21,8 @@ from msa_openclip.data.pixels import batches, load_image
 from msa_openclip.data.readers import expand, read_captions, read_class_folder, read_csv, read_shards
 from msa_openclip.data.streams import CACHE_VARIABLE
 from msa_openclip.evaluation.eval_set import EvalSet
+from msa_openclip.training.samples import Tally, read_share
+from msa_openclip.training.shares import Share
 
 
 def png(index: int) -> bytes:
@@ -89,6 +91,48 @@ def test_csv_lines_of_one_image_belong_together(tmp_path: Path) -> None:
     assert image.captions == ("first", "second")
     with pytest.raises(EvalDataError, match=r"val\.csv: no column 'caption'; it has filepath, title"):
         read_csv(str(table), "filepath", "caption")
+
+
+def test_missing_captions_in_a_csv_are_no_captions(tmp_path: Path) -> None:
+    """One rule for what says nothing, whoever reads it: in tables, in the texts of shards, in training."""
+    said = {
+        "nan": (),
+        "None": (),
+        "[null]": (),
+        "<NA>": (),
+        " ": (),
+        '["a lake", null, "a pond"]': ("a lake", "a pond"),
+    }
+    table = tmp_path / "val.csv"
+    table.write_text("filepath|title\n" + "".join(f"{n}.png|{text}\n" for n, text in enumerate(map(quoted, said))))
+    assert [image.captions for image in read_csv(str(table), "filepath", "title", "|")] == list(said.values())
+    members = [(f"{n}.{kind}", data) for n, text in enumerate(("nan", "a lake\nNone"))
+               for kind, data in (("png", png(n)), ("txt", text.encode()))]  # fmt: skip
+    url = write_tar(tmp_path / "x.tar", members)
+    assert [image.captions for image in read_shards(url)] == [(), ("a lake",)]
+    tally = Tally()
+    assert [sample["captions"] for sample in read_share(Share(url), tally)] == [["a lake"]]
+    assert dict(tally.reasons) == {"captions are blank": 1}
+
+
+def quoted(cell: str) -> str:
+    doubled = cell.replace('"', '""')
+    return f'"{doubled}"'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path\ttitle\ttitle\na\tb\tc\n", "two columns are called 'title'"),
+        ("path\ttitle\na.jpg\n", "line 2 has not as many fields as the header"),
+        ("path\ttitle\n\ta lake\n", "a row names no image in column 'path'"),
+        ("path\ttitle\na.jpg\t[1, 2]\n", r"a\.jpg: title\[0\]: 1 where text is expected"),
+    ],
+)
+def test_what_a_csv_must_not_hold_is_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_text(text)
+    with pytest.raises(EvalDataError, match=rf"c\.csv: .*{message}"):
+        read_csv(str(tmp_path / "c.csv"), "path", "title")
 
 
 def test_class_folder(tmp_path: Path) -> None:
@@ -196,5 +240,8 @@ def test_other_bad_input_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ['path\ttitle\na.jpg\t"a lake\nb.jpg\ta pond"\n', 'path\ttitle\na.jpg\t"a lake\n'])
 def test_a_stray_quote_in_a_csv_takes_in_no_rows(text: str, tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text(text)
-    with pytest.raises(EvalDataError, match=r"c\.csv: .*(a quote that is not closed|not a CSV that can be read)"):
+    with pytest.raises(
+        EvalDataError,
+        match=r"c\.csv: .*(a quoted field goes on over other rows|unexpected end of data); is a quote stray",
+    ):
         read_csv(str(tmp_path / "c.csv"), "path", "title")

@@ -15,7 +15,9 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.retrieval_data import randomise
+from PIL import Image
 
+from msa_openclip.commands import main as cli
 from msa_openclip.evaluation.loading import ModelError, load
 
 CODE = """
@@ -74,6 +76,46 @@ def test_the_users_word_lets_code_run(tmp_path: Path, tiny_bert: Path) -> None:
     assert (tmp_path / "trap").exists()
 
 
+@pytest.mark.parametrize("schema", ["local-dir", "hf-hub"])
+@pytest.mark.parametrize("part", ["tokenizer", "tower"])
+@pytest.mark.parametrize("switch", [{"trust_remote_code": True}, {}])
+def test_no_code_runs_in_training(
+    schema: str, part: str, switch: dict[str, Any], tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """open_clip_train.main builds model and tokenizer by these two, under whichever name of the model."""
+    from open_clip_train import main
+
+    name = local_dir(tmp_path / "model", tiny_bert, tmp_path / "trap", part, **switch)
+    if schema == "hf-hub":
+        content = json.loads((tmp_path / "model/open_clip_config.json").read_text())
+        if part == "tokenizer":
+            content["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = str(tmp_path / "model")
+        monkeypatch.setattr(open_clip.factory, "_get_hf_config", lambda *_, **__: json.loads(json.dumps(content)))
+        weights = str(tmp_path / "model/open_clip_pytorch_model.bin")
+        monkeypatch.setattr(open_clip.factory, "download_pretrained_from_hf", lambda *_, **__: weights)
+        name = "hf-hub:somebody/model"
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for build in (main.create_model_and_transforms, main.get_tokenizer):
+        with pytest.raises(ValueError, match=rf"{name}: .*TRUST_REMOTE_CODE=1") if switch else suppress(Exception):
+            build(name)
+        assert not (tmp_path / "trap").exists()
+    if switch and part == "tokenizer":
+        monkeypatch.setenv("MSA_OPENCLIP_TRUST_REMOTE_CODE", "1")
+        main.get_tokenizer(name)
+        assert (tmp_path / "trap").exists()  # it is one
+
+
+def test_the_flag_of_the_command_line_is_the_users_word(tmp_path: Path, tiny_bert: Path, capsys) -> None:
+    spec = local_dir(tmp_path / "model", tiny_bert, tmp_path / "trap", "tokenizer", trust_remote_code=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "tile.png")
+    command = ["explain", spec, str(tmp_path / "tile.png"), "a plane"]
+    assert cli.main(command) == 1
+    assert "allow it yourself if you trust whoever made the model: --trust-remote-code" in capsys.readouterr().err
+    assert not (tmp_path / "trap").exists()
+    assert cli.main([*command, "--trust-remote-code"]) in (0, None)
+    assert (tmp_path / "trap").exists()
+
+
 class Trap:
     """A pickle that calls mkdir, or raises TypeError first, after which open_clip falls back to an unsafe load."""
 
@@ -126,7 +168,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "noise.pt": (lambda path: path.write_bytes(os.urandom(4096)), "cannot be loaded"),
     "cut.pt": (
         lambda path: (torch.save(weights(), path), path.write_bytes(path.read_bytes()[:-999])),
-        "cannot be loaded",
+        "cannot be loaded: .* is cut short, or no checkpoint of torch. Copy it again",
     ),
     "other.pt": (lambda path: torch.save(weights("tiny-RN"), path), "cannot be loaded: .*state_dict"),
     "nothing.pt": (lambda path: torch.save({}, path), "cannot be loaded"),
@@ -168,10 +210,18 @@ def test_precision_and_folders_without_weights(tmp_path: Path, tiny_configs: Pat
         load(f"local-dir:{tmp_path}")  # open_clip would go on with random ones
     (tmp_path / "open_clip_config.json").unlink()
     os.mkfifo(tmp_path / "open_clip_config.json")
-    with pytest.raises(ModelError, match="config file missing"):
+    with pytest.raises(ModelError, match=r"open_clip_config\.json: not a regular file \(a folder, pipe or device\)"):
         load(f"local-dir:{tmp_path}")
     with pytest.raises((OSError, ValueError)):
         open_clip.create_model(f"local-dir:{tmp_path}")  # with the plugin as without it: no waiting for the pipe
+
+
+def test_a_pipe_in_the_place_of_a_runs_parameters_is_named(tmp_path: Path, tiny_configs: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(weights(), tmp_path / "checkpoints/epoch_1.pt")
+    os.mkfifo(tmp_path / "params.txt")
+    with pytest.raises(ValueError, match=r"params\.txt: not a regular file"):
+        load(f"tiny-ViT={tmp_path / 'checkpoints/epoch_1.pt'}")
 
 
 def test_numbers_of_no_use_in_a_model_are_named(tmp_path: Path, tiny_configs: Path) -> None:

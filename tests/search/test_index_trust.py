@@ -230,6 +230,76 @@ def test_other_settings_with_equal_weights_are_refused(
             use()
 
 
+def renamed(base: str, folder: Path, changes: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> str:
+    """A model of equal weights whose configuration differs in some keys; its specification."""
+    config = open_clip.get_model_config(base)
+    for part, values in changes.items():
+        config[part] = {**config[part], **values}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "renamed", config)
+    torch.manual_seed(3)
+    torch.save(randomise(open_clip.create_model(base)).state_dict(), folder / "renamed.pt")
+    return f"renamed={folder / 'renamed.pt'}"
+
+
+@pytest.mark.parametrize("base", ["tiny-ViT", "MSA-tiny-ViT"])
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"vision_cfg": {"pool_type": "avg"}}, r"config vision_cfg pool_type \(the default, now avg\)"),
+        ({"vision_cfg": {"final_ln_after_pool": True}}, r"config vision_cfg final_ln_after_pool \(the .*, now True\)"),
+        ({"text_cfg": {"pool_type": "last"}}, r"config text_cfg pool_type \(the default, now last\)"),
+        ({"text_cfg": {"final_ln_after_pool": True}}, "config text_cfg final_ln_after_pool"),
+        ({"text_cfg": {"no_causal_mask": True}}, "config text_cfg no_causal_mask"),
+        ({"text_cfg": {"tokenizer_kwargs": {"clean": "canonicalize"}}}, "tokens"),
+    ],
+)
+def test_equal_weights_under_another_configuration_are_refused(
+    changes: dict[str, dict[str, Any]],
+    named: str,
+    base: str,
+    images: list[CaptionedImage],
+    spec: str,
+    tmp_path: Path,
+    monkeypatch,
+) -> None:
+    folder = str(tmp_path / "index")
+    build_index(load(renamed(base, tmp_path, {}, monkeypatch)), images[:3], folder)
+    other = load(renamed(base, tmp_path, changes, monkeypatch))
+    for use in (lambda: ImageIndex(folder, other), lambda: build_index(other, images, folder)):
+        with pytest.raises(ImageIndexError, match=f"built with the weights of renamed=.*, but another {named}"):
+            use()
+
+
+@pytest.mark.parametrize("base", ["tiny-ViT", "MSA-tiny-ViT"])
+def test_configurations_that_say_the_same_share_an_index(
+    base: str, images: list[CaptionedImage], tiny_configs: Path, tmp_path: Path, monkeypatch
+) -> None:
+    folder = str(tmp_path / "index")
+    build_index(load(renamed(base, tmp_path, {}, monkeypatch)), images[:3], folder)
+    same = {"vision_cfg": {"pool_type": "tok", "timm_model_pretrained": True}, "text_cfg": {"pool_type": "argmax"}}
+    assert build_index(load(renamed(base, tmp_path, same, monkeypatch)), images, folder) == 4
+
+
+def test_an_index_with_fewer_settings_is_asked_but_not_added_to(
+    model: LoadedModel, images: list[CaptionedImage], built: Path
+) -> None:
+    manifest = json.loads((built / "index.json").read_text())
+    del manifest["settings"]["config"]
+    (built / "index.json").write_text(json.dumps(sealed(manifest)))
+    assert len(ImageIndex(str(built), model)) == 7
+    with pytest.raises(ImageIndexError, match="a version that did not note the config of its model"):
+        build_index(model, images, str(built))
+
+
+def test_weights_of_another_precision_are_named_as_such(spec: str, images: list[CaptionedImage], built: Path) -> None:
+    other = load(spec, precision="bf16")
+    for use in (lambda: ImageIndex(str(built), other), lambda: build_index(other, images, str(built))):
+        with pytest.raises(
+            ImageIndexError, match=r"built in precision fp32, and .* is loaded in bf16.*--precision fp32"
+        ):
+            use()
+
+
 def test_another_precision_may_ask_but_not_append(spec: str, images: list[CaptionedImage], built: Path) -> None:
     other = load(spec, precision="amp_bf16")
     assert len(Searcher(ImageIndex(str(built), other)).by_text(["harbor"], k=7)[0]) == 7

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from msa_openclip.shards import BuildOptions, ImageOptions, ShardError, build
 from msa_openclip.shards.building.plan import Plan
 from msa_openclip.shards.building.writer import ShardJob, write_shard
-from msa_openclip.shards.readers import intake
+from msa_openclip.shards.readers import fields, intake
 from msa_openclip.shards.records import Entry, Location
 
 COUNTS = {"train": 23, "val": 5, "test": 3}
@@ -276,7 +276,7 @@ def test_any_name_and_caption_arrives_through_webdataset(sources: dict[str, list
     options = BuildOptions(layout="pair", shards=1)
     with Plan(intake.to_records(entries, "", options.read, 0), options) as plan, tempfile.TemporaryDirectory() as out:
         expected = Counter((name, " ".join(text.split())) for name, texts in sources.items() for text in texts)
-        expected = Counter({pair: n for pair, n in expected.items() if pair[1] and pair[1] not in intake.MISSING})
+        expected = Counter({pair: n for pair, n in expected.items() if pair[1] and pair[1] not in fields.MISSING})
         found: Counter[tuple[str, str]] = Counter()
         for shard in plan.shards:
             write_shard(ShardJob(shard.file, shard.split, out, tuple(plan.samples(shard)), options.image))

@@ -74,6 +74,16 @@ def test_bands_by_name_and_by_number_agree(tmp_path: Path) -> None:
         assert np.array_equal(pixels, np.moveaxis(values[[4, 2, 1]], 0, -1))
 
 
+def test_untold_nodata_of_floats_is_not_stretched(tmp_path: Path) -> None:
+    values = np.tile(np.linspace(100, 200, 64, dtype=np.float32), (1, 64, 1))
+    values[:, :20] = np.finfo(np.float32).min
+    write_scene(tmp_path / "in/c/x.tif", values)
+    ((shown, _),) = built(tmp_path / "in").values()
+    assert (shown[:20] == 0).all()
+    assert shown[30].min() < 10
+    assert shown[30].max() > 245
+
+
 def test_sixteen_bits_are_stretched_between_percentiles_of_the_scene_without_nodata(tmp_path: Path) -> None:
     values = np.random.default_rng(2).integers(2000, 4000, (1, 64, 64)).astype(np.uint16)
     values[0, :20] = 0

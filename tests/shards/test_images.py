@@ -11,7 +11,7 @@ import pytest
 from helpers.shards_data import picture, picture_bytes
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from msa_openclip.shards import ImageOptions, ShardError
 from msa_openclip.shards.imagery.prepare import prepare
@@ -34,6 +34,45 @@ def pixels(data: bytes) -> np.ndarray:
 def test_common_formats_pass_untouched(format: str, suffix: str, mode: str, check: str) -> None:
     data = encoded(picture(1, (13, 7), mode), format)
     assert prepare(data, ImageOptions(check=check)) == (data, suffix, 13, 7)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "nothing", "tag"),
+    [
+        (np.float32, np.finfo(np.float32).min, None),  # which many programs write without saying so
+        (np.float32, np.finfo(np.float32).min, "-3.40282346638529e+38"),
+        (np.float32, -9999, "-9999"),
+        (np.int32, -9999, "-9999"),
+        (np.uint16, 65535, "65535\0"),
+        (np.uint16, 7, "-9999"),  # which no pixel can have
+        (np.float32, np.nan, "nan"),
+        (np.float32, np.inf, "not a number"),
+    ],
+)
+def test_what_was_not_measured_does_not_stretch_the_rest(dtype: type, nothing: float, tag: str | None) -> None:
+    values = np.arange(100, 112, dtype=dtype).reshape(3, 4)
+    values[1, 2] = nothing
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    if tag is not None:
+        tags[42113] = tag
+        tags.tagtype[42113] = 2
+    image = Image.fromarray(values)
+    expected = np.round((np.arange(12).reshape(3, 4)) * 255 / 11)
+    expected[1, 2] = 0
+    shown = pixels(prepare(encoded(image, "TIFF", tiffinfo=tags), ImageOptions()).data)[:, :, 0]
+    if nothing == 7:  # a measurement like the others
+        assert shown[1, 2] == 0
+        assert shown[0, 0] > 200
+    else:
+        np.testing.assert_array_equal(shown, expected)
+
+
+def test_an_image_in_which_nothing_was_measured_is_refused() -> None:
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[42113] = "-9999"
+    data = encoded(Image.fromarray(np.full((3, 4), -9999, np.float32)), "TIFF", tiffinfo=tags)
+    with pytest.raises(ImageProblem, match="every pixel is nodata"):
+        prepare(data, ImageOptions())
 
 
 def test_bytes_behind_the_end_of_a_jpeg_are_harmless() -> None:

@@ -159,6 +159,45 @@ def test_overwriting_removes_earlier_builds_and_nothing_else(tmp_path: Path, sou
     assert sorted(shard_bytes(out)) == ["photos.tar", *(f"train-{number:06d}.tar" for number in range(4))]
 
 
+@pytest.mark.parametrize("name", ["train-000000.tar", "train-000099.tar", "test-000000.tar", "sizes.json"])
+@pytest.mark.parametrize("built", [False, True])
+def test_shards_that_no_build_made_are_not_overwritten(name: str, built: bool, tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    if built:
+        run_build(source, out)
+    if (out / name).exists():
+        return  # of the build, and listed
+    (out / name).write_bytes(b"mine")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ShardError, match=rf"{name}: stands where this build would write.* It is left alone: move it"):
+        run_build(source, out, overwrite=True, options=BuildOptions(shards=2))
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    (out / name).unlink()
+    run_build(source, out, overwrite=True, options=BuildOptions(shards=2))
+    assert verify(str(out)).ok
+
+
+@pytest.mark.parametrize("stop", [1, 4, 6])
+def test_overwriting_goes_on_after_a_kill_in_the_middle(stop: int, tmp_path: Path, source: Path, monkeypatch) -> None:
+    """Whatever has been removed by then, the rest is still known to be a build's."""
+    out, remove, removed = tmp_path / "out", store.remove, list[str]()
+
+    def remove_some(url: str) -> None:
+        if url.startswith(str(out)) and len(removed) == stop:
+            raise KeyboardInterrupt
+        removed.append(url)
+        remove(url)
+
+    run_build(source, out)
+    monkeypatch.setattr(store, "remove", remove_some)
+    with pytest.raises(KeyboardInterrupt):
+        run_build(source, out, overwrite=True)
+    monkeypatch.setattr(store, "remove", remove)
+    run_build(source, out, overwrite=True)
+    assert verify(str(out)).ok
+
+
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_a_manifest_of_another_program_is_left_alone(tmp_path: Path, source: Path, overwrite: bool) -> None:
     (tmp_path / "out").mkdir()

@@ -10,7 +10,8 @@ import open_clip_train.params
 import pytest
 import torch
 
-from msa_openclip.training.checkpoints import is_whole, set_aside_half_written
+from msa_openclip.data.checkpoint_files import is_whole
+from msa_openclip.training.checkpoints import set_aside_half_written
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from msa_openclip.commands.main import main as cli
 from msa_openclip.evaluation.loading import load as load_model
 from msa_openclip.model.cached import CachedImages, CachedTexts, FeatureError, Source, check_towers, describe_towers
 from msa_openclip.shards.command_line import main as shards
+from msa_openclip.shards.storage.locking import BeingWritten, one_writer
 from msa_openclip.shards.storage.tars import read_member, samples
 from msa_openclip.training.feature_options import FeatureOptions
 from msa_openclip.training.feature_writer import write_features
@@ -247,6 +248,33 @@ def test_other_towers_are_told_apart_in_every_precision(precision: torch.dtype, 
         check_towers(other, source)
 
 
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"quick_gelu": True}, "quick_gelu"),
+        ({"vision_cfg": {**tiny.VISION["ViT"], "pool_type": "avg"}}, "pool_type"),
+        ({"text_cfg": {**tiny.TEXT, "final_ln_after_pool": True}}, "final_ln_after_pool"),
+    ],
+)
+def test_equal_weights_under_another_configuration_are_refused(changes: dict, key: str, models: Path) -> None:
+    source = Source("folder", json.dumps(describe_towers(open_clip.create_model("features-ViT"))))
+    other = open_clip.create_model("features-ViT", **changes)
+    with pytest.raises(FeatureError, match=f"folder: made with config .*, the model has .*{key}"):
+        check_towers(other, source)
+
+
+def test_features_of_another_tokenizer_do_not_train(models: Path, cached) -> None:  # type: ignore[no-untyped-def]
+    from open_clip_train.params import parse_args
+
+    from msa_openclip.training.loader import get_wds_dataset
+
+    args = parse_args(["--train-data", f"{cached('features-ViT')}/{PATTERN}", *LOCKED])
+    args.rank, args.world_size = 0, 1
+    tokenizer = open_clip.SimpleTokenizer(context_length=tiny.CONTEXT_LENGTH, clean="canonicalize")
+    with pytest.raises(FeatureError, match=r"made with another tokenizer than the run's, or other options"):
+        get_wds_dataset(args, None, True, tokenizer=tokenizer)  # type: ignore[arg-type]
+
+
 def test_pools_that_learn_are_refused(tiny_configs: Path) -> None:
     scales = [{"stage": 1, "pool": "max"}, {"stage": 3, "pool": "learned"}]
     model = open_clip.create_model("MSA-tiny-ViT", msa_cfg={"image_scales": scales, "heads": 4})
@@ -352,6 +380,30 @@ def test_an_interrupted_run_goes_on_and_ends_byte_for_byte_the_same(
     for path in whole.glob("*.tar"):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
     assert json.loads((tmp_path / "out/sizes.json").read_text()) == json.loads((whole / "sizes.json").read_text())
+
+
+def test_shards_that_were_replaced_are_written_again(models: Path, scenes: Path, tmp_path: Path, caplog) -> None:  # type: ignore[no-untyped-def]
+    model = load_model(f"features-ViT={models}/features-ViT.pt")
+    urls, out = [str(tmp_path / f"train-00000{number}.tar") for number in (0, 1)], tmp_path / "out"
+    for number, url in enumerate(urls):
+        shutil.copy(scenes / f"train-00000{number}.tar", url)
+    assert write_features(model, urls, str(out), FeatureOptions()) == 2
+    before = os.stat(urls[1])
+    shutil.copy(scenes / "train-000002.tar", urls[1])
+    os.truncate(urls[1], before.st_size)  # zeros behind the end of a tar mean nothing
+    os.utime(urls[1], ns=(before.st_atime_ns, before.st_mtime_ns))  # as copies with their times have it
+    assert write_features(model, urls, str(out), FeatureOptions()) == 1
+    assert "train-000001.tar: made of a shard that has been replaced since" in caplog.text
+    write_features(model, [str(scenes / "train-000002.tar")], str(tmp_path / "fresh"), FeatureOptions())
+    assert (out / "train-000001.tar").read_bytes() == (tmp_path / "fresh/train-000002.tar").read_bytes()
+    (out / "train-000000.tar").unlink()
+    assert write_features(model, urls, str(out), FeatureOptions()) == 1
+
+
+def test_one_process_writes_features_at_a_time(models: Path, scenes: Path, tmp_path: Path) -> None:
+    model = load_model(f"features-ViT={models}/features-ViT.pt")
+    with one_writer(str(tmp_path)), pytest.raises(BeingWritten, match="is writing here"):
+        write_features(model, [str(scenes / "train-000000.tar")], str(tmp_path), FeatureOptions())
 
 
 def test_unfinished_features_do_not_train(models: Path, cached, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
