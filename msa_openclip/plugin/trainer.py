@@ -10,7 +10,6 @@ from collections.abc import Callable
 from types import FunctionType, ModuleType
 from typing import Any
 
-from ..config import MSACfg
 from ..distributed import unwrapped
 from .configs import msa_settings
 from .host import Host
@@ -104,6 +103,7 @@ def extend_train_data(data: ModuleType) -> None:
         is_msa = msa_cfg is not None
         if wanted == "msa" and not is_msa:
             return original(args, *positional, **named)
+        from ..config import MSACfg
         from ..training import loader
 
         given, host = signature.bind(args, *positional, **named).arguments, installed()
