@@ -84,8 +84,8 @@ def _build(source: str, folder: Path) -> None:
             assert Record.from_line(record.to_line()) == record
             assert record.captions
             assert all(caption == " ".join(caption.split()) for caption in record.captions)
-            assert record.image.url.startswith(str(folder) + "/"), record
-            for name, content in members(Sample(record, None), _PIXEL, {}):
+            assert all(place.url.startswith(str(folder) + "/") for place in record.images), record
+            for name, content in members(Sample(record, None), [_PIXEL] * len(record.images), {}):
                 tars.TarSink(io.BytesIO()).add(name, content)
         else:
             json.dumps(record.file + record.reason + record.detail)
