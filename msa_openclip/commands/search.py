@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -46,21 +47,26 @@ def add(commands: Commands) -> None:
     add_loading(command)
     group = command.add_argument_group("filters")
     group.add_argument("--classes", nargs="+", default=[], metavar="CLASS", help="only images of these classes")
-    text = "only images that overlap it; write --box=-10,... where it starts with a minus"
-    group.add_argument("--box", type=_box, metavar="WEST,SOUTH,EAST,NORTH", help=text)
+    text = (
+        "only images that overlap it, in degrees of WGS84; west > east crosses the antimeridian; "
+        "write --bbox=-10,... where it starts with a minus"
+    )
+    group.add_argument("--bbox", type=_bbox, metavar="WEST,SOUTH,EAST,NORTH", help=text)
+    text = "only images that overlap it: a GeoJSON file, or WKT, in degrees of WGS84"
+    group.add_argument("--polygon", metavar="FILE|WKT", help=text)
     group.add_argument("--since", metavar="DATE", help="only images of this ISO date or later (meta.date)")
     text = "only images of this ISO date or earlier; 2020 includes that year"
     group.add_argument("--until", metavar="DATE", help=text)
+    text = 'only images of which this is true, in DuckDB\'s SQL on the columns of the index: "cloud < 10"'
+    group.add_argument("--where", metavar="EXPRESSION", help=text)
 
 
-def _box(text: str) -> tuple[float, ...]:
+def _bbox(text: str) -> tuple[float, ...]:
     try:
-        west, south, east, north = box = tuple(float(part) for part in text.split(","))
+        west, south, east, north = (float(part) for part in text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: expected WEST,SOUTH,EAST,NORTH") from error
-    if not (west <= east and south <= north):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected west <= east and south <= north")
-    return box
+    return west, south, east, north
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -98,9 +104,17 @@ def _images(paths: Sequence[str]) -> list[Image.Image]:
 
 
 def _filter(parsed: argparse.Namespace) -> SearchFilter | None:
+    from ..data.small_files import read_text
     from ..search.filters import SearchFilter
 
-    where = SearchFilter(classes=frozenset(parsed.classes), box=parsed.box, since=parsed.since, until=parsed.until)
+    where = SearchFilter(
+        classes=frozenset(parsed.classes),
+        bbox=parsed.bbox,
+        polygon=read_text(parsed.polygon) if parsed.polygon and os.path.exists(parsed.polygon) else parsed.polygon,
+        since=parsed.since,
+        until=parsed.until,
+        where=parsed.where,
+    )
     return None if where == SearchFilter() else where
 
 

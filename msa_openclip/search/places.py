@@ -5,7 +5,8 @@ Shapes: n images; bounds are (n, 4), xmin, ymin, xmax, ymax in degrees, NaN wher
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,3 +114,77 @@ def _along_curve(x: NDArray[np.int64], y: NDArray[np.int64]) -> NDArray[np.int64
         x, y = np.where(flip, last - (x & last), x & last), np.where(flip, last - (y & last), y & last)
         x, y = np.where(upper == 0, y, x), np.where(upper == 0, x, y)
     return distance
+
+
+def box(bbox: Sequence[float]) -> Any:
+    """The region between west, south, east and north in degrees; west of 170 and east of -170 crosses the antimeridian.
+
+    Raises:
+        PlaceError: it is no box on Earth.
+    """
+    west, south, east, north = bbox
+    if not (-180 <= west <= 180 and -180 <= east <= 180 and -90 <= south <= north <= 90):
+        raise PlaceError(
+            f"bbox {west:g},{south:g},{east:g},{north:g}: expected WEST,SOUTH,EAST,NORTH in degrees of WGS84, "
+            "longitudes within -180 and 180, latitudes within -90 and 90, south <= north."
+        )
+    return _on_earth(shapely().box(west, south, east if west <= east else east + 360, north))
+
+
+def polygon(text: str) -> Any:
+    """The region that WKT or GeoJSON (a geometry, feature or collection of features) draws in degrees of WGS84.
+
+    Raises:
+        PlaceError: it is neither, empty, crosses itself, or does not lie on Earth.
+    """
+    module = shapely()
+    try:
+        drawn = _geojson_shape(module, json.loads(text)) if text.lstrip().startswith("{") else module.from_wkt(text)
+        west, south, east, north = drawn.bounds
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, module.errors.ShapelyError) as error:
+        raise PlaceError(f"polygon: neither WKT nor GeoJSON ({error}).") from error
+    if not drawn.is_valid:
+        raise PlaceError(f"polygon: {module.is_valid_reason(drawn)}; a polygon must not cross itself.")
+    if not (-360 <= west <= east <= 360 and -90 <= south <= north <= 90):
+        raise PlaceError(f"polygon: it spans {west:g},{south:g},{east:g},{north:g}, expected degrees of WGS84.")
+    return _on_earth(drawn)
+
+
+def _geojson_shape(module: Any, content: Any) -> Any:
+    if content["type"] == "FeatureCollection":
+        return module.union_all([_geojson_shape(module, feature) for feature in content["features"]])
+    return module.geometry.shape(content["geometry"] if content["type"] == "Feature" else content)
+
+
+def _on_earth(region: Any) -> Any:
+    """A region with what lies beyond the antimeridian moved to the other side."""
+    module = shapely()
+    turns = [module.transform(region, lambda at, by=by: np.add(at, (by, 0))) for by in (-360, 0, 360)]
+    parts = module.get_parts([module.intersection(turn, module.box(-180, -90, 180, 90)) for turn in turns])
+    dimension = module.get_dimensions(region)  # a polygon that ends at one side touches the other, in a line
+    return module.union_all([part for part in parts if module.get_dimensions(part) == dimension])
+
+
+def overlap(
+    region: Any, bounds: NDArray[np.float64], outlines: Callable[[NDArray[np.int64]], Sequence[bytes]]
+) -> NDArray[np.bool_]:
+    """Which outlines overlap or touch a region, (n,).
+
+    Args:
+        region: of `box` or `polygon`.
+        bounds: (n, 4) of the outlines.
+        outlines: WKB of some of them, by number; asked only for those that their bounds do not decide.
+    """
+    module = shapely()
+    found = np.zeros(len(bounds), dtype=np.bool_)
+    near = np.zeros(len(bounds), dtype=np.bool_)
+    for part in module.get_parts(region):
+        west, south, east, north = part.bounds
+        xmin, ymin, xmax, ymax = bounds.T  # NaN, where nothing is known, compares as false
+        near |= (xmin <= east) & (xmax >= west) & (ymin <= north) & (ymax >= south)
+        if part.equals(module.box(west, south, east, north)):
+            found |= (xmin >= west) & (xmax <= east) & (ymin >= south) & (ymax <= north)
+    open_rows = np.flatnonzero(near & ~found).astype(np.int64)
+    module.prepare(region)
+    found[open_rows] = module.intersects(region, module.from_wkb(np.array(outlines(open_rows), dtype=object)))
+    return found

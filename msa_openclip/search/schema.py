@@ -142,6 +142,11 @@ def to_images(table: pa.Table) -> list[CaptionedImage]:
     return [_image(row) for row in table.select(names).to_pylist()]
 
 
+def locations(table: pa.Table) -> list[Location]:
+    """Where the images lie, out of the columns `source`, `place` and `window`."""
+    return [_location(row) for row in table.select(["source", "place", "window"]).to_pylist()]
+
+
 def with_vectors(table: pa.Table, features: NDArray[np.float16], projected: NDArray[np.float16] | None) -> pa.Table:
     """The table with its vectors as columns: `global` of features (n, E), `match` of vectors m (n, S, D)."""
     for name, values in zip(VECTORS, (features, projected), strict=True):
@@ -319,10 +324,13 @@ def _image(row: Mapping[str, Any]) -> CaptionedImage:
         about["meta"] = {**_meta(about), **meta}
     if row["geometry"] is not None:
         about["geo"] = {**(about.get("geo") or {}), "footprint": places.geojson(row["geometry"])}
-    window = tuple(row["window"].values()) if row["window"] else None
-    location = Location(row["source"], **(row["place"] or {}), window=window)
     captions = tuple(row["captions"] or ())
-    return CaptionedImage(row["id"], location, captions, row["class"], about, row["content"] or "")
+    return CaptionedImage(row["id"], _location(row), captions, row["class"], about, row["content"] or "")
+
+
+def _location(row: Mapping[str, Any]) -> Location:
+    window = tuple(row["window"][name] for name in _names(_WINDOW)) if row["window"] else None
+    return Location(row["source"], **(row["place"] or {}), window=window)
 
 
 def _numbers(table: pa.Table, name: str, shape: tuple[int, ...]) -> NDArray[np.float16]:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.retrieval_data import square
 
 from msa_openclip.data.captioned import CaptionedImage
 from msa_openclip.data.footprints import footprint
@@ -32,11 +33,6 @@ from msa_openclip.search.schema import (
 from msa_openclip.shards.records import Location
 
 PRODUCT = Product(model="MSA-x=y.pt", fingerprint="ab" * 32, settings={"p": 1}, embed_dim=5, match_shape=(2, 3))
-
-
-def square(west: float, south: float, side: float = 1.0) -> dict[str, object]:
-    ring = [[west, south], [west + side, south], [west + side, south + side], [west, south + side], [west, south]]
-    return {"type": "Polygon", "coordinates": [ring]}
 
 
 def image(number: int, **metadata: object) -> CaptionedImage:
