@@ -8,13 +8,13 @@ Vectors are taken as they are, so no model is needed; every file is compared wit
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..data.captioned import CaptionedImage
 from ..data.small_files import parse_json, read_text
@@ -27,6 +27,7 @@ from .files import (
     CONVERTIBLE,
     SEGMENT_FILE,
     ImageIndexError,
+    Manifest,
     Segment,
     is_written,
     or_damaged,
@@ -58,26 +59,21 @@ def convert_index(old: str, new: str) -> int:
     return sum(segment.images for segment in manifest.segments)
 
 
-def _convert(source: Path, segment: Segment, root: Path, manifest: Any) -> str:
+def _convert(source: Path, segment: Segment, root: Path, manifest: Manifest) -> str:
     """Write a segment, unless it is there; returns its new name."""
     folder = source / segment.name
     files = or_damaged(folder, partial(_checked, folder, segment))
-    images = [_image(row) for row in or_damaged(folder, partial(_lines, files["records.jsonl"]))]
-    bad = or_damaged(folder, partial(_lines, files["rejected.jsonl"]))
-    rejected = [_image(row) for row in bad]
-    name = segment_name(manifest, [*images, *rejected])
+    images = [image for image, _ in or_damaged(folder, partial(_lines, files["records.jsonl"]))]
+    rejected = or_damaged(folder, partial(_lines, files["rejected.jsonl"]))
+    features, projected = (
+        or_damaged(folder, partial(_array, files.get(name), len(images))) for name in ("features.npy", "projected.npy")
+    )
+    bad = [image for image, _ in rejected]
+    name = segment_name(manifest, [*images, *bad])
     if not is_written(root, name):
-        arrays = {kind: np.load(files[kind].path, mmap_mode="r") for kind in _ARRAYS & files.keys()}
-        if any(len(array) != len(images) for array in arrays.values()):
-            raise ImageIndexError(f"{folder}: damaged (vectors for another number of images than {len(images)}).")
-        why = rejected_table(rejected, [row["why"] for row in bad])
-        write_segment(
-            root, name, manifest, to_table(images), arrays.get("features.npy"), arrays.get("projected.npy"), why
-        )
+        why = rejected_table(bad, [reason for _, reason in rejected])
+        write_segment(root, name, manifest, to_table(images), features, projected, why)
     return name
-
-
-_ARRAYS = {"features.npy", "projected.npy"}
 
 
 def _checked(folder: Path, segment: Segment) -> dict[str, CheckedFile]:
@@ -90,9 +86,14 @@ def _checked(folder: Path, segment: Segment) -> dict[str, CheckedFile]:
     return files
 
 
-def _lines(checked: CheckedFile) -> list[dict[str, Any]]:
+def _lines(checked: CheckedFile) -> list[tuple[CaptionedImage, str]]:
+    """The images of a file, and why each could not be read, if so."""
+    found = []
     with open(checked.path, "rb") as lines:
-        return [json.loads(line) for line in lines]
+        for number, line in enumerate(lines, start=1):
+            row = parse_json(line, f"{checked.path.name} line {number}")
+            found.append((_image(row), str(row.get("why", ""))))
+    return found
 
 
 def _image(record: dict[str, Any]) -> CaptionedImage:
@@ -100,3 +101,12 @@ def _image(record: dict[str, Any]) -> CaptionedImage:
     location["window"] = tuple(location["window"]) if location.get("window") else None
     captions, about = tuple(record["captions"]), record["about"]
     return CaptionedImage(record["image_id"], Location(**location), captions, record["label"], about, record["content"])
+
+
+def _array(checked: CheckedFile | None, images: int) -> NDArray[np.float16] | None:
+    if checked is None:
+        return None
+    array: NDArray[np.float16] = np.load(checked.path, mmap_mode="r")
+    if len(array) != images:
+        raise ValueError(f"{checked.path.name}: {len(array)} rows, expected {images}")
+    return array

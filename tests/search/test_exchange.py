@@ -99,7 +99,7 @@ def test_geopandas_and_duckdb_open_index_and_export(built: str, parts: Path) -> 
         assert duckdb.sql(asked).fetchall() == [(2,)]
     frames = [geopandas.read_parquet(path) for path in parts.glob("*.parquet")]
     assert sum(len(frame.geometry.dropna()) for frame in frames) == 6
-    asked = f"select sum(list_inner_product(\"global\", \"global\")) from '{parts}/*.parquet'"
+    asked = f'select sum(list_inner_product("global", "global")) from \'{parts}/*.parquet\''
     ((norm,),) = duckdb.sql(asked).fetchall()
     assert norm == pytest.approx(7, abs=1e-2)
 
@@ -208,6 +208,25 @@ def test_commands(built: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert message in capsys.readouterr().err
 
 
+def test_a_search_by_place_and_expression_as_geojson(
+    built: str, model: LoadedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("duckdb", reason="duckdb (extra archive) is not installed")
+    area, out = tmp_path / "area.geojson", tmp_path / "found.geojson"
+    area.write_text(json.dumps(square(0.5, 0.25, 3)))
+    command = ["search", built, "harbor", "--model", model.spec, "-k", "7", "--polygon", str(area), "--until", "2012"]
+    assert cli.main([*command, "--where", "cloud >= 1", "--format", "geojson", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())["features"]
+    assert {feature["properties"]["cloud"] for feature in found} == {1, 2}
+    assert "left out: 1 of 7 images, of which no place on Earth is known" in capsys.readouterr().err
+    assert cli.main([*command, "--where", "clouds >= 1"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert "The columns are id, source, content" in error[-1]
+    assert len(error) == 2
+    assert cli.main([*command, "--bbox", "4,0,5,1", "--format", "stac"]) == 0
+    assert json.loads(capsys.readouterr().out)["features"] == []
+
+
 # ---- the STAC item
 
 
@@ -228,14 +247,14 @@ def test_the_item_is_stac(built: str, model: LoadedModel, images: list[Captioned
 # ---- the format before
 
 
-def write_old(folder: Path, model: LoadedModel, built: str) -> None:
-    """An index of format 3 with the images and vectors of another."""
+def write_old(folder: Path, model: LoadedModel, built: str, records: bytes | None = None) -> None:
+    """An index of format 3 with the images and vectors of another, or with other lines."""
     opened, manifest = ImageIndex(built, model), read_manifest(Path(built))
     segments, row = [], 0
     for segment in manifest.segments:
         (folder / segment.name).mkdir(parents=True)
         found = opened.images[row : row + segment.images]
-        records = [
+        rows = [
             {
                 "image_id": image.image_id,
                 "content": image.content,
@@ -246,8 +265,8 @@ def write_old(folder: Path, model: LoadedModel, built: str) -> None:
             }
             for image in found
         ]
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        (folder / segment.name / "records.jsonl").write_text(lines)
+        lines = "".join(json.dumps(record) + "\n" for record in rows)
+        (folder / segment.name / "records.jsonl").write_bytes(lines.encode() if records is None else records)
         (folder / segment.name / "rejected.jsonl").write_text(lines.splitlines()[0][:-1] + ', "why": "cut"}\n')
         np.save(folder / segment.name / "facts.npy", np.zeros(segment.images))
         for name in ("features.npy", "projected.npy"):
@@ -280,6 +299,20 @@ def test_an_index_of_the_format_before_is_converted(
     assert "there is an index already" in capsys.readouterr().err
     assert cli.main(["index", "convert", built, str(tmp_path / "x")]) == 1
     assert "an index of format 4, expected 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line", [b'\xfb"image_id": "x"}\n', b"null\n", b'{"image_id": 3}\n', b"[" * 100_000 + b"\n", b""]
+)
+def test_forged_records_of_the_format_before_are_named(
+    line: bytes, built: str, model: LoadedModel, tmp_path: Path
+) -> None:
+    from msa_openclip.search.convert import convert_index
+
+    old = tmp_path / "old"
+    write_old(old, model, built, records=line * 4)
+    with pytest.raises(ImageIndexError, match=f"{old}/[0-9a-f]+: damaged"):
+        convert_index(str(old), str(tmp_path / "new"))
 
 
 def test_a_damaged_index_of_the_format_before_is_named(built: str, model: LoadedModel, tmp_path: Path) -> None:
