@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..search.options import SEGMENT_IMAGES
@@ -33,12 +34,18 @@ def add(commands: Commands) -> None:
             "msa-openclip index MSA-ViT-B=epoch_9.pt tiles.index --shards 'tiles/train-{000000..000063}.tar'",
             "msa-openclip index MSA-ViT-B=epoch_9.pt scenes.index --scenes 'scenes/*.tif' --tile-px 512",
             "msa-openclip index verify tiles.index    # compares every file with what was written",
+            "msa-openclip index export tiles.index parts    # GeoParquet, vectors included",
+            "msa-openclip index import tiles.index 'parts/*.parquet'    # also of others, made with the same model",
+            "msa-openclip index convert old.index tiles.index    # an index of the format before",
             "torchrun --nproc-per-node 8 -m -- msa_openclip index MSA-ViT-B=epoch_9.pt tiles.index --folder tiles",
         ],
         resumes=True,
     )
-    command.add_argument("model", metavar="MODEL", help=f"{MODEL}; or `verify`, to check an index")
+    text = f"{MODEL}; or, without any model, {', '.join(_WITHOUT_MODEL)}"
+    command.add_argument("model", metavar="MODEL", help=text)
     command.add_argument("index", metavar="INDEX", help="folder of the index")
+    text = "folder to export to, files to import, or the new index of `convert`"
+    command.add_argument("others", metavar="PATH", nargs="*", help=text)
     sources = command.add_mutually_exclusive_group()
     sources.add_argument("--shards", metavar="PATTERN", help="WebDataset shards, e.g. 'data/train-{000..063}.tar'")
     sources.add_argument("--folder", metavar="FOLDER", help="folder of images, also TIFF")
@@ -60,9 +67,11 @@ def add(commands: Commands) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Build or extend an index, or verify one."""
-    if parsed.model == "verify":
-        return _verify(parsed.index)
+    """Build or extend an index, or verify, convert, export or import one."""
+    if parsed.model in _WITHOUT_MODEL:
+        return _WITHOUT_MODEL[parsed.model](parsed.index, parsed.others)
+    if parsed.others:
+        raise UsageError(f"{parsed.others[0]!r}: only {', '.join(_WITHOUT_MODEL)} take more than MODEL and INDEX")
     if not (parsed.shards or parsed.folder or parsed.scenes or parsed.stac):
         raise UsageError("one of the arguments --shards --folder --scenes --stac is required")
 
@@ -133,9 +142,11 @@ def _images(parsed: argparse.Namespace) -> list[CaptionedImage]:
     return tiles
 
 
-def _verify(folder: str) -> int:
+def _verify(folder: str, others: Sequence[str]) -> int:
     from ..search.verify import verify_index
 
+    if others:
+        raise UsageError("verify takes one index")
     found = verify_index(folder)
     for problem in found.problems:
         print(printable(problem))
@@ -143,3 +154,35 @@ def _verify(folder: str) -> int:
         counts = f"{found.images} images in {found.segments} segments, {found.rejected} left out"
         print(f"{folder}: {counts}; every file is as it was written.")
     return 1 if found.problems else 0
+
+
+def _export(folder: str, others: Sequence[str]) -> int:
+    from ..search.exchange import export_index
+
+    if len(others) != 1:
+        raise UsageError("export takes an index and a folder to write to")
+    print(f"{others[0]}: {export_index(folder, others[0])} images as GeoParquet, with their vectors")
+    return 0
+
+
+def _import(folder: str, others: Sequence[str]) -> int:
+    from ..search.exchange import import_partitions
+
+    if not others:
+        raise UsageError("import takes an index and Parquet files to read")
+    done = import_partitions(folder, others)
+    print(f"{folder}: {done.added} images added, {done.known} were there already")
+    return 0
+
+
+def _convert(folder: str, others: Sequence[str]) -> int:
+    from ..search.convert import convert_index
+
+    if len(others) != 1:
+        raise UsageError("convert takes the old index and a folder for the new one")
+    print(f"{others[0]}: {convert_index(folder, others[0])} images; {folder} may be deleted")
+    return 0
+
+
+_WITHOUT_MODEL = {"verify": _verify, "export": _export, "import": _import, "convert": _convert}
+"""Words in the place of the model, and what they do with the index and what comes behind it."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..search.options import CANDIDATES
+from ..search.options import CANDIDATES, FORMATS
 from ..shards.arguments import Commands, add_command, add_number
 from ..shards.exit_codes import UsageError
 from ..shards.output import printable
@@ -32,6 +33,7 @@ def add(commands: Commands) -> None:
         examples=[
             "msa-openclip search tiles.index 'many planes beside a terminal' --classes airport --since 2020",
             "msa-openclip search tiles.index --like tile.jpg -k 20 --json",
+            "msa-openclip search tiles.index 'a river' --bbox 12,50,14,52 --where 'cloud < 10' --format geojson",
         ],
     )
     command.add_argument("index", metavar="INDEX", help="folder of the index")
@@ -46,27 +48,37 @@ def add(commands: Commands) -> None:
     command.add_argument("--describe", nargs="+", default=[], metavar="FILE", help="find captions for these images")
     add_number(command, "-k", "answers a query", default=10)
     add_number(command, "--candidates", "the nearest by global features that MSCMAT scores", default=CANDIDATES)
-    command.add_argument("--json", action="store_true", help="print a JSON object for each query")
+    text = "how answers are printed: a table, a JSON object for each query, GeoJSON or a STAC ItemCollection of all"
+    command.add_argument("--format", choices=FORMATS, default="table", help=f"{text} (default: %(default)s)")
+    command.add_argument("--json", action="store_const", const="json", dest="format", help="--format json")
+    command.add_argument("--out", metavar="FILE", help="write answers there")
     add_nearest(command)
     add_moved_model(command)
     add_loading(command)
     group = command.add_argument_group("filters")
     group.add_argument("--classes", nargs="+", default=[], metavar="CLASS", help="only images of these classes")
-    text = "only images that overlap it; write --box=-10,... where it starts with a minus"
-    group.add_argument("--box", type=_box, metavar="WEST,SOUTH,EAST,NORTH", help=text)
+    text = (
+        "only images that overlap it, in degrees of WGS84; west > east crosses the antimeridian; "
+        "write --bbox=-10,... where it starts with a minus"
+    )
+    group.add_argument("--bbox", type=_bbox, metavar="WEST,SOUTH,EAST,NORTH", help=text)
+    text = "only images that overlap it: a GeoJSON file, or WKT, in degrees of WGS84"
+    group.add_argument("--polygon", metavar="FILE|WKT", help=text)
     group.add_argument("--since", metavar="DATE", help="only images of this ISO date or later (meta.date)")
     text = "only images of this ISO date or earlier; 2020 includes that year"
     group.add_argument("--until", metavar="DATE", help=text)
+    text = 'only images of which this is true, in DuckDB\'s SQL on the columns of the index: "cloud < 10"'
+    group.add_argument("--where", metavar="EXPRESSION", help=text)
 
 
-def _box(text: str) -> tuple[float, ...]:
+def _bbox(text: str) -> tuple[float, ...]:
     try:
-        west, south, east, north = box = tuple(float(part) for part in text.split(","))
+        west, south, east, north = (float(part) for part in text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: expected WEST,SOUTH,EAST,NORTH") from error
-    if not (west <= east and south <= north):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected west <= east and south <= north")
-    return box
+    if not south <= north:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected south <= north")
+    return west, south, east, north
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -84,6 +96,10 @@ def run(parsed: argparse.Namespace) -> None:
     remember(index.model)
     searcher = Searcher(index, candidates=parsed.candidates, nearest=nearest(index, parsed.nearest))
     where = _filter(parsed)
+    if parsed.bbox or parsed.polygon:
+        unplaced = index.images.columns(["bbox"])["bbox"].null_count if len(index) else 0
+        if unplaced:
+            print(f"left out: {unplaced} of {len(index)} images, of which no place on Earth is known", file=sys.stderr)
     names = parsed.queries
     if parsed.queries:
         names = [line.rstrip("\n") for line in sys.stdin] if names == ["-"] else names
@@ -94,8 +110,25 @@ def run(parsed: argparse.Namespace) -> None:
         answers = searcher.by_image([_pictures(paths) for paths in like], parsed.k, where)
         answers += searcher.texts_of([_pictures(paths) for paths in describe], parsed.k)
         names = [" ".join(paths) for paths in (*like, *describe)]
-    for name, hits in zip(names, answers, strict=True):
-        print(json.dumps({"query": name, "hits": [_row(hit) for hit in hits]}) if parsed.json else _text(name, hits))
+    text = _shown(parsed.format, names, answers)
+    if parsed.out:
+        from ..shards.storage import store
+
+        store.write_bytes(parsed.out, f"{text}\n".encode())
+    elif text:
+        print(text)
+
+
+def _shown(how: str, names: Sequence[str], answers: Sequence[Sequence[Hit]]) -> str:
+    from ..search.results import geojson, item_collection
+
+    if how in ("geojson", "stac"):
+        collection = (geojson if how == "geojson" else item_collection)(dict(zip(names, answers, strict=True)))
+        return json.dumps(collection, default=str)
+    pairs = zip(names, answers, strict=True)
+    if how == "json":
+        return "\n".join(json.dumps({"query": name, "hits": [_row(hit) for hit in hits]}) for name, hits in pairs)
+    return "\n".join(_text(name, hits) for name, hits in pairs)
 
 
 def _samples(option: str, paths: Sequence[str], dates: int) -> list[Sequence[str]]:
@@ -116,9 +149,17 @@ def _pictures(paths: Sequence[str]) -> list[Image.Image]:
 
 
 def _filter(parsed: argparse.Namespace) -> SearchFilter | None:
+    from ..data.small_files import read_text
     from ..search.filters import SearchFilter
 
-    where = SearchFilter(classes=frozenset(parsed.classes), box=parsed.box, since=parsed.since, until=parsed.until)
+    where = SearchFilter(
+        classes=frozenset(parsed.classes),
+        bbox=parsed.bbox,
+        polygon=read_text(parsed.polygon) if parsed.polygon and os.path.exists(parsed.polygon) else parsed.polygon,
+        since=parsed.since,
+        until=parsed.until,
+        where=parsed.where,
+    )
     return None if where == SearchFilter() else where
 
 

@@ -11,9 +11,9 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +29,32 @@ from ..data.readers import content_of
 from ..data.streams import StreamError
 from ..distributed import Peers
 from ..evaluation.loading import LoadedModel
+from ..shards.records import Location
 from ..shards.storage import store
 from ..shards.storage.locking import one_writer
 from .files import (
     FORMAT,
+    REJECTED,
+    TILES,
     ImageIndexError,
     Manifest,
+    checked_files,
     is_written,
-    read_lines,
+    open_parquet,
+    read_columns,
     read_manifest,
     read_segment,
+    rejected_table,
     remove_left_over,
-    to_record,
     write_manifest,
     write_segment,
 )
 from .fingerprint import check_model, fingerprint, settings
+from .item import ITEM, write_item
 from .known_models import remember
 from .options import SEGMENT_IMAGES
 from .ranks import wait_for_ranks, working
+from .schema import SchemaError, locations, to_table
 
 _NAMED = 20
 """So many images that cannot be read are named in the log."""
@@ -83,7 +90,7 @@ def build_index(
         progress: a bar on stderr, of rank 0.
     Raises:
         ImageIndexError: the index was built with another model, an image occurs twice or has changed since it was
-            indexed, another rank is gone, or a number is out of range.
+            indexed or has a name that is not Unicode, another rank is gone, or a number is out of range.
         BeingWritten: another process is writing to the index.
     """
     for name, value, least in (
@@ -103,7 +110,7 @@ def build_index(
         remember(model)
         new = _new_images(root, known, images)
         parts = [new[span.start : span.stop] for span in batch_spans(len(new), segment_images)]
-        names = [_segment_name(known, part) for part in parts]
+        names = [segment_name(known, part) for part in parts]
         mine = list(zip(parts, names, strict=True))[peers.rank :: peers.world_size]
         total, shown = sum(len(part) for part, _ in mine), progress and peers.rank == 0
         with tqdm(total=total, desc="indexing", unit=" images", leave=False, disable=not shown) as bar:
@@ -111,52 +118,87 @@ def build_index(
                 if is_written(root, name):
                     bar.update(len(part))
                 else:
-                    _encode_segment(model, part, root, name, batch_size, workers, bar)
+                    _encode_segment(model, part, root, name, known, batch_size, workers, bar)
         if peers.rank:
             return len(new)
         wait_for_ranks(root, names, peers, patience_s)
         remove_left_over(root)
         added = [read_segment(root, name) for name in names]
-        if added or not exists:
-            write_manifest(root, replace(known, segments=(*known.segments, *added)))
+        if added or not exists or not (root / ITEM).exists():
+            publish(root, replace(known, segments=(*known.segments, *added)))
         return sum(segment.images for segment in added)
 
 
-def _new_images(root: Path, known: Manifest, images: Sequence[CaptionedImage]) -> list[CaptionedImage]:
+def publish(root: Path, manifest: Manifest) -> None:
+    """Put down what an index is, once all its segments are written: as a STAC item, then for good."""
+    write_item(root, manifest)
+    write_manifest(root, manifest)
+
+
+class Known:
+    """The images of an index, by id and content and by the spot where they lie."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self._root = root
+        self.images: set[tuple[str, str]] = set()
+        self._spots: set[Location] = set()
+        for segment in manifest.segments:
+            folder, files = root / segment.name, checked_files(root, segment)
+            for file in (TILES, REJECTED):
+                if file not in files:
+                    continue
+                parquet = open_parquet(folder, files[file])
+                rows = read_columns(folder, parquet, ["id", "content", "source", "place", "window"])
+                content = [text or "" for text in rows["content"].to_pylist()]
+                self.images.update(zip(rows["id"].to_pylist(), content, strict=True))
+                if file == TILES:
+                    self._spots.update(map(_spot, locations(rows)))
+
+    def has(self, image: CaptionedImage) -> bool:
+        """Whether this very image is there."""
+        return (image.image_id, image.content) in self.images
+
+    def require_unchanged(self, new: Sequence[CaptionedImage]) -> None:
+        """Refuse new images that lie where others lay when they were indexed.
+
+        Raises:
+            ImageIndexError: some do.
+        """
+        changed = [image for image in new if _spot(image.location) in self._spots]
+        if changed:
+            raise ImageIndexError(
+                f"{self._root}: {len(changed)} images are not what they were when they were indexed, first "
+                f"{changed[0].location.url}: {changed[0].image_id}. Build a new index."
+            )
+
+
+def _new_images(root: Path, manifest: Manifest, images: Sequence[CaptionedImage]) -> list[CaptionedImage]:
     """The images that are not in the index yet, with their content.
 
     Raises:
         ImageIndexError: one occurs twice, or lies where another image was when it was indexed.
     """
-    rows = [row for segment in known.segments for row in read_lines(root, segment, "records.jsonl")]
-    refused = [row for segment in known.segments for row in read_lines(root, segment, "rejected.jsonl")]
-    have = {(row["image_id"], row["content"]) for row in (*rows, *refused)}
-    content_at = {_spot(row["place"]): row["content"] for row in rows}
+    known = Known(root, manifest)
     with_content = [image if image.content else replace(image, content=content_of(image.location)) for image in images]
-    new = [image for image in with_content if (image.image_id, image.content) not in have]
+    new = [image for image in with_content if not known.has(image)]
     if len({(image.image_id, image.content) for image in new}) != len(new):
         raise ImageIndexError(f"{root}: an image_id occurs twice among the {len(new)} images to add.")
-    changed = [image for image in new if _spot(to_record(image)["place"]) in content_at]
-    if changed:
-        raise ImageIndexError(
-            f"{root}: {len(changed)} images are not what they were when they were indexed, first "
-            f"{changed[0].location.url}: {changed[0].image_id}. Build a new index."
-        )
+    known.require_unchanged(new)
     return new
 
 
-def _spot(place: Mapping[str, Any]) -> tuple[Any, ...]:
+def _spot(place: Location) -> Location:
     """Where an image lies, however its file is called from the current folder."""
-    url = place["url"]
-    path = os.path.abspath(store.local_path(url)) if store.is_local(url) else url
-    return (path, *(place.get(name) for name in ("offset", "row", "column")), *(place.get("window") or ()))
+    path = os.path.abspath(store.local_path(place.url)) if store.is_local(place.url) else place.url
+    return replace(place, url=path, size=None)
 
 
-def _segment_name(manifest: Manifest, images: Sequence[CaptionedImage]) -> str:
+def segment_name(manifest: Manifest, images: Sequence[CaptionedImage]) -> str:
+    """A hash of the format, the model and the images with their content."""
     digest = hashlib.sha256(f"format {FORMAT}".encode())  # a segment of another format is no segment of ours
     digest.update(json.dumps([manifest.fingerprint, dict(manifest.settings)], sort_keys=True).encode())
     for image in images:
-        digest.update(json.dumps(to_record(image), sort_keys=True).encode())
+        digest.update(json.dumps([asdict(image), image.content], sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 
@@ -165,19 +207,24 @@ def _encode_segment(
     images: Sequence[CaptionedImage],
     root: Path,
     name: str,
+    manifest: Manifest,
     batch_size: int,
     workers: int,
     bar: tqdm[Any],
 ) -> None:
-    rejected: list[dict[str, Any]] = []
+    try:
+        tiles, rejected = to_table(images), None  # before anything is encoded: a name may be refused
+    except SchemaError as error:
+        raise ImageIndexError(f"{root}: {error}") from error
     done = bar.n
     try:
         features, projected = _encode(model, images, batch_size, workers, bar)
     except EvalDataError:
-        images, rejected = _readable(model, images)
-        bar.update(done + len(rejected) - bar.n)
+        images, bad, why = _readable(model, images)
+        tiles, rejected = to_table(images), rejected_table(bad, why)
+        bar.update(done + len(bad) - bar.n)
         features, projected = _encode(model, images, batch_size, workers, bar)
-    write_segment(root, name, [to_record(image) for image in images], rejected, features, projected)
+    write_segment(root, name, manifest, tiles, features, projected, rejected)
 
 
 def _encode(
@@ -198,14 +245,15 @@ def _encode(
 
 def _readable(
     model: LoadedModel, images: Sequence[CaptionedImage]
-) -> tuple[list[CaptionedImage], list[dict[str, Any]]]:
-    """The images that can be read, and what is kept of the others; the log names the first of them.
+) -> tuple[list[CaptionedImage], list[CaptionedImage], list[str]]:
+    """The images that can be read, the others, and why they cannot; the log names the first of them.
 
     Raises:
         EvalDataError: a store cannot be reached, which says nothing of the image.
     """
     readable: list[CaptionedImage] = []
-    rejected: list[dict[str, Any]] = []
+    rejected: list[CaptionedImage] = []
+    why: list[str] = []
     for image in images:
         try:
             image_pixels(image, model.preprocess)
@@ -213,13 +261,14 @@ def _readable(
         except EvalDataError as error:
             if isinstance(error.__cause__, StreamError) and not store.is_local(image.location.url):
                 raise
-            rejected.append({**to_record(image), "why": str(error)})
+            rejected.append(image)
+            why.append(str(error))
             if len(rejected) <= _NAMED:
                 _log.warning("Left out of the index: %s", error)
     _log.warning(
         "%d of %d images of a segment cannot be read and are left out of the index.", len(rejected), len(images)
     )
-    return readable, rejected
+    return readable, rejected, why
 
 
 def _half(values: Tensor, first: CaptionedImage) -> NDArray[np.float16]:

@@ -46,7 +46,7 @@ class CheckedFile:
             raise ChecksumError(f"{path.name}: {error}") from error
         if size != self._size or len(self._sums) != -(-size // PART_BYTES):
             raise ChecksumError(f"{path.name}: {size:,} bytes, expected {self._size:,}")
-        self._data = np.memmap(path, dtype=np.uint8, mode="r") if size else np.empty(0, dtype=np.uint8)
+        self.data = np.memmap(path, dtype=np.uint8, mode="r") if size else np.empty(0, dtype=np.uint8)
         self._unseen = np.ones(len(self._sums), dtype=np.bool_)
 
     def check_all(self) -> None:
@@ -70,7 +70,7 @@ class CheckedFile:
     def _check(self, parts: Iterable[int]) -> None:
         for part in parts:
             start = part * PART_BYTES
-            if zlib.crc32(self._data[start : start + PART_BYTES].data) != self._sums[part]:
+            if zlib.crc32(self.data[start : start + PART_BYTES].data) != self._sums[part]:
                 raise ChecksumError(
                     f"{self.path.name}: bytes {start:,} to {start + PART_BYTES:,} are not what was written"
                 )

@@ -1,15 +1,16 @@
-"""An index on disk: segments of vectors and records, and the manifest that names those that are whole.
+"""An index on disk: segments of vectors and metadata, and the manifest that names those that are whole.
 
     INDEX/index.json                what it was built with, and its segments; written last, so its segments are whole
+    INDEX/item.json                 the index as a STAC item, with the keys of the embedding proposal
+    INDEX/SEGMENT/tiles.parquet     (n) what is known of each image: GeoParquet 1.1, the columns of `schema`
     INDEX/SEGMENT/features.npy      (n, E) float16, normalised global features
     INDEX/SEGMENT/projected.npy     (n, S, D) float16, MSCMAT's projected vectors m; absent without MSCMAT
-    INDEX/SEGMENT/records.jsonl     a line per image: id, content, place, captions, class, geo, meta
-    INDEX/SEGMENT/facts.npy         (n,) class, date and bounds out of the records, for filters
-    INDEX/SEGMENT/rejected.jsonl    a line per image that could not be read: id, content, place, why
+    INDEX/SEGMENT/rejected.parquet  images that could not be read, and `why`; absent if there are none
     INDEX/SEGMENT/segment.json      how many images, and the checksums of the other files
 
-Bytes per image above the global vector: 2 S D, and what is known of it.  A segment in which no image could be read has
-no vectors.  Whatever has its final name is whole and on the disk: files and folders are flushed before they get it.
+Rows of a segment lie along a Hilbert curve, where places on Earth are known, and as they came otherwise.  A segment in
+which no image could be read has no vectors.  Whatever has its final name is whole and on the disk: files and folders
+are flushed before they get it.
 """
 
 from __future__ import annotations
@@ -19,24 +20,28 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..data.captioned import CaptionedImage
 from ..data.small_files import parse_json, read_json, read_text
-from ..shards.records import Location
 from ..shards.storage import store
 from .checksums import CheckedFile, checksums
+from .schema import Product, hilbert_order, parquet, to_table
 
-FORMAT = 3  # 2 had neither checksums nor the content of images, 1 no facts.npy
+FORMAT = 4
+CONVERTIBLE = 3
+"""The format before, of records in JSON lines; `convert` reads it."""
+TILES, REJECTED = "tiles.parquet", "rejected.parquet"
 _SEGMENT_NAME = re.compile(r"[0-9a-f]{16}")
-_SEGMENT_FILE = "segment.json"
+SEGMENT_FILE = "segment.json"
 
 T = TypeVar("T")
 
@@ -68,14 +73,25 @@ class Manifest:
     segments: tuple[Segment, ...] = ()
     """In the order of their rows."""
 
+    def product(self, features: NDArray[np.float16] | None, projected: NDArray[np.float16] | None) -> Product:
+        """What vectors of this model are: features (n, E), vectors m (n, S, D)."""
+        return Product(
+            model=self.model,
+            fingerprint=self.fingerprint,
+            settings=self.settings,
+            embed_dim=0 if features is None else features.shape[1],
+            match_shape=None if projected is None else (projected.shape[1], projected.shape[2]),
+        )
+
 
 def write_segment(
     root: Path,
     name: str,
-    records: Sequence[Mapping[str, Any]],
-    rejected: Sequence[Mapping[str, Any]],
+    manifest: Manifest,
+    tiles: pa.Table,
     features: NDArray[np.float16] | None,
     projected: NDArray[np.float16] | None,
+    rejected: pa.Table | None = None,
 ) -> None:
     """Write a segment under a temporary name, then rename it: a segment that has its name is whole.
 
@@ -84,24 +100,26 @@ def write_segment(
     Args:
         root: folder of the index.
         name: of the segment.
-        records: one for each row, as `to_record` makes them.
-        rejected: one for each image that could not be read.
+        manifest: what the vectors are of.
+        tiles: a row for each image, of `schema.to_table`.
         features: (n, E) normalised global features; None if there is no row.
         projected: (n, S, D) vectors m; None for a model without MSCMAT, too.
+        rejected: the images that could not be read, with a column `why`.
     """
     temporary = root / f".{name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    _write_lines(temporary / "records.jsonl", records)
-    _write_lines(temporary / "rejected.jsonl", rejected)
-    if features is not None:
-        np.save(temporary / "features.npy", features)
-        np.save(temporary / "facts.npy", _filter_fields(records))
-    if projected is not None:
-        np.save(temporary / "projected.npy", projected)
+    order = hilbert_order(tiles)
+    product = manifest.product(features, projected)
+    (temporary / TILES).write_bytes(parquet(tiles.take(order), product))
+    for file, vectors in (("features.npy", features), ("projected.npy", projected)):
+        if vectors is not None:
+            np.save(temporary / file, vectors[order])
+    if rejected is not None and len(rejected):
+        (temporary / REJECTED).write_bytes(parquet(rejected, product))
     files = {path.name: checksums(path) for path in sorted(temporary.iterdir())}
-    content = json.dumps({"images": len(records), "files": files})
-    (temporary / _SEGMENT_FILE).write_text(content + "\n", encoding="utf-8")
+    content = json.dumps({"images": len(tiles), "files": files})
+    (temporary / SEGMENT_FILE).write_text(content + "\n", encoding="utf-8")
     store.sync(str(temporary))
     try:
         store.rename(str(temporary), str(root / name))
@@ -111,13 +129,14 @@ def write_segment(
         shutil.rmtree(temporary)
 
 
-def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")  # ASCII, lone surrogates too
+def rejected_table(images: Sequence[CaptionedImage], why: Sequence[str]) -> pa.Table:
+    """What is kept of images that could not be read."""
+    return to_table(images).append_column("why", pa.array(why, pa.string()))
 
 
 def is_written(root: Path, name: str) -> bool:
     """Whether a segment is there, which means: whole."""
-    return (root / name / _SEGMENT_FILE).is_file()
+    return (root / name / SEGMENT_FILE).is_file()
 
 
 def read_segment(root: Path, name: str) -> Segment:
@@ -126,8 +145,8 @@ def read_segment(root: Path, name: str) -> Segment:
     Raises:
         ImageIndexError: its description is damaged.
     """
-    text = _or_damaged(root / name, lambda: read_text(root / name / _SEGMENT_FILE))
-    images = _or_damaged(root / name, lambda: int(parse_json(text, _SEGMENT_FILE)["images"]))
+    text = or_damaged(root / name, lambda: read_text(root / name / SEGMENT_FILE))
+    images = or_damaged(root / name, lambda: int(parse_json(text, SEGMENT_FILE)["images"]))
     return Segment(name, images, hashlib.sha256(text.encode()).hexdigest())
 
 
@@ -139,31 +158,20 @@ def checked_files(root: Path, segment: Segment) -> dict[str, CheckedFile]:
     """
     folder = root / segment.name
     if read_segment(root, segment.name) != segment:
-        raise damaged(folder, f"{_SEGMENT_FILE} is not what was written")
-    files = _or_damaged(folder, lambda: dict(read_json(folder / _SEGMENT_FILE)["files"]))
-    wanted = {"records.jsonl", "rejected.jsonl", *(("features.npy", "facts.npy") if segment.images else ())}
-    if not wanted <= files.keys() <= {*wanted, "projected.npy"}:
-        raise damaged(folder, f"{_SEGMENT_FILE} names the files {', '.join(files)}")
-    return _or_damaged(folder, lambda: {name: CheckedFile(folder / name, sums) for name, sums in files.items()})
+        raise damaged(folder, f"{SEGMENT_FILE} is not what was written")
+    files = or_damaged(folder, lambda: dict(read_json(folder / SEGMENT_FILE)["files"]))
+    wanted = {TILES, *(("features.npy",) if segment.images else ())}
+    if not wanted <= files.keys() <= {*wanted, "projected.npy", REJECTED}:
+        raise damaged(folder, f"{SEGMENT_FILE} names the files {', '.join(files)}")
+    return or_damaged(folder, lambda: {name: CheckedFile(folder / name, sums) for name, sums in files.items()})
 
 
-def _or_damaged(segment: Path, read: Callable[[], T]) -> T:
+def or_damaged(segment: Path, read: Callable[[], T]) -> T:
     """The result of `read`, or the error that names the segment."""
     try:
         return read()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise damaged(segment, f"{type(error).__name__}: {error}") from error
-
-
-def _filter_fields(rows: Sequence[Mapping[str, Any]]) -> NDArray[np.void]:
-    """What filters look at, a row each; empty texts and NaN where nothing is known."""
-    labels = [row["label"] or "" for row in rows]
-    dates = [str((row["about"].get("meta") or {}).get("date") or "") for row in rows]
-    bounds = [(row["about"].get("geo") or {}).get("bounds") or [np.nan] * 4 for row in rows]
-    width = {name: max([1, *map(len, texts)]) for name, texts in (("label", labels), ("date", dates))}
-    filter_fields = np.zeros(len(rows), [*((name, f"U{size}") for name, size in width.items()), ("bounds", "f8", 4)])
-    filter_fields["label"], filter_fields["date"], filter_fields["bounds"] = labels, dates, bounds
-    return filter_fields
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
@@ -185,20 +193,22 @@ def remove_left_over(root: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def read_manifest(root: Path) -> Manifest:
+def read_manifest(root: Path, expected: int = FORMAT) -> Manifest:
     """The inverse of `write_manifest`.
 
     Raises:
-        ImageIndexError: index.json is missing, damaged, or of another format.
+        ImageIndexError: index.json is missing, damaged, or of another format than expected.
     """
     path = root / "index.json"
     try:
         content = read_json(path)
-        if content["format"] != FORMAT:
-            raise ImageIndexError(
-                f"{root}: an index of format {content['format']}, and this version reads {FORMAT} only. Delete the"
-                " folder and build the index again with `msa-openclip index`."
+        if content["format"] != expected:
+            remedy = (
+                f"Convert it with `msa-openclip index convert {root} NEW`."
+                if content["format"] == CONVERTIBLE != expected
+                else "Delete the folder and build the index again with `msa-openclip index`."
             )
+            raise ImageIndexError(f"{root}: an index of format {content['format']}, expected {expected}. {remedy}")
         if sealed(content) != content:
             raise ValueError("not what was written")
         segments = tuple(_segment(row) for row in content["segments"])
@@ -223,50 +233,35 @@ def _segment(row: Mapping[str, Any]) -> Segment:
     return segment
 
 
-def read_lines(root: Path, segment: Segment, file: str) -> Iterator[dict[str, Any]]:
-    """The rows of records.jsonl or rejected.jsonl of a segment.
+def open_parquet(segment: Path, checked: CheckedFile) -> pq.ParquetFile:
+    """A Parquet file of a segment, compared with its checksums first.
 
     Raises:
-        ImageIndexError: they are missing or damaged.
+        ImageIndexError: it is damaged.
     """
-    folder = root / segment.name
-    checked = checked_files(root, segment)[file]
-    _or_damaged(folder, checked.check_all)
-    with open(folder / file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            row = _or_damaged(folder, partial(parse_json, line, f"{file} line {number}"))
-            if not (isinstance(row, dict) and isinstance(row.get("image_id"), str)):
-                raise damaged(folder, f"{file} line {number}: no record of an image")
-            yield row
+    try:
+        checked.check_all()
+        return pq.ParquetFile(pa.BufferReader(pa.py_buffer(checked.data)))
+    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+        raise damaged(segment, f"{checked.path.name}: {error}") from error
+
+
+def read_columns(segment: Path, file: pq.ParquetFile, names: Sequence[str], rows: int | None = None) -> pa.Table:
+    """Some columns of a Parquet file of a segment, and `rows` of them.
+
+    Raises:
+        ImageIndexError: it is damaged, or another number of rows is there.
+    """
+    try:
+        table = file.read(list(names), use_threads=False).select(list(names))
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise damaged(segment, f"Parquet: {error}") from error
+    if rows is not None and len(table) != rows:
+        raise damaged(segment, f"Parquet: {len(table)} rows, expected {rows}")
+    return table
 
 
 def damaged(segment: Path, what: str) -> ImageIndexError:
     """The error that names a damaged segment and what to do about it."""
     index = segment.parent / "index.json"
     return ImageIndexError(f"{segment}: damaged ({what}); delete the segment and {index}, and build the index again.")
-
-
-def to_record(image: CaptionedImage) -> dict[str, Any]:
-    """What is kept of an image, as plain data."""
-    return {
-        "image_id": image.image_id,
-        "content": image.content,
-        "place": asdict(image.location),
-        "captions": list(image.captions),
-        "label": image.label,
-        "about": dict(image.metadata),
-    }
-
-
-def from_record(record: Mapping[str, Any]) -> CaptionedImage:
-    """The inverse of `to_record`."""
-    location = dict(record["place"])
-    location["window"] = tuple(location["window"]) if location.get("window") else None
-    return CaptionedImage(
-        record["image_id"],
-        Location(**location),
-        tuple(record["captions"]),
-        record["label"],
-        dict(record["about"]),
-        record["content"],
-    )

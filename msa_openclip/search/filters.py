@@ -1,11 +1,22 @@
-"""Which images of an index a query may find: by class, bounding box and date."""
+"""Which images of an index a query may find: by class, place on Earth, date, and DuckDB expressions on any column."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
+
+from . import places
+from .schema import bounds, instant
+from .tiles import Tiles
+
+_ROW = "row number in the index"
 
 
 class SearchError(ValueError):
@@ -14,32 +25,142 @@ class SearchError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchFilter:
-    """Which images may be found; what is not given does not matter, and an image that lacks a given field is out."""
+    """Which images may be found; what is not given does not matter, and an image that lacks a given field is out.
+
+    where = SearchFilter(bbox=(12, 50, 14, 52), since="2020", where="cloud < 10 and source like '%S2A%'")
+    hits = searcher.by_text(["a river"], where=where)[0]
+    """
 
     classes: frozenset[str] = frozenset()
-    box: tuple[float, float, float, float] | None = None
-    """West, south, east, north in the images' own coordinates; overlapping images are in."""
+    bbox: tuple[float, float, float, float] | None = None
+    """West, south, east, north in degrees of WGS84; images that overlap it are in. West of 170 and east of -170 is the
+    box across the antimeridian."""
+    polygon: str | None = None
+    """WKT or GeoJSON in WGS84; images that overlap it are in."""
     since: str | None = None
-    """ISO date, inclusive, against `meta.date`."""
+    """ISO date or time, inclusive, against the column `datetime`."""
     until: str | None = None
-    """ISO date, inclusive: `2020` includes all of that year."""
+    """ISO date or time, inclusive: `2020` includes all of that year."""
+    where: str | None = None
+    """A condition in DuckDB's SQL on the columns of the index."""
 
     def __post_init__(self) -> None:
-        if self.box and not (self.box[0] <= self.box[2] and self.box[1] <= self.box[3]):
-            raise SearchError(f"box {self.box}: expected west <= east and south <= north.")
+        self._span()
+        try:
+            self._regions()
+        except places.PlaceError as error:
+            raise SearchError(str(error)) from error
 
-    def __call__(self, filter_fields: NDArray[np.void]) -> NDArray[np.bool_]:
-        """Which images may be found, (n,) of `ImageIndex.facts`."""
-        allowed = np.ones(len(filter_fields), dtype=np.bool_)
+    def __call__(self, tiles: Tiles) -> NDArray[np.bool_]:
+        """Which images may be found, (n,).
+
+        Raises:
+            SearchError: the expression cannot be evaluated; the message names the columns.
+            ImageIndexError: the index is damaged.
+        """
+        allowed = np.ones(len(tiles), dtype=np.bool_)
+        if not len(tiles):
+            return allowed
         if self.classes:
-            allowed &= np.isin(filter_fields["label"], list(self.classes))
-        if self.box:
-            west, south, east, north = filter_fields["bounds"].T  # NaN, where nothing is known, compares as false
-            allowed &= (west <= self.box[2]) & (east >= self.box[0]) & (south <= self.box[3]) & (north >= self.box[1])
-        if self.since or self.until:
-            allowed &= filter_fields["date"] != ""
-        if self.since:
-            allowed &= filter_fields["date"] >= self.since
-        if self.until:
-            allowed &= filter_fields["date"].astype(f"U{len(self.until)}") <= self.until
+            labels = tiles.columns(["class"])["class"]
+            allowed &= _true(pc.is_in(labels, pa.array(sorted(self.classes), labels.type)))
+        since, end = self._span()
+        if since or end:
+            times = tiles.columns(["datetime"])["datetime"]
+            allowed &= _true(pc.is_valid(times))
+            allowed &= _true(pc.greater_equal(times, since)) if since else True
+            allowed &= _true(pc.less(times, end)) if end else True
+        for region in self._regions():
+            allowed &= places.overlap(region, *_outlines(tiles))
+        if self.where:
+            allowed &= _matching(self.where, tiles)
         return allowed
+
+    def _span(self) -> tuple[datetime | None, datetime | None]:
+        """The first instant, and the first after the last."""
+        return self._instant("since"), _after(self.until or "", self._instant("until"))
+
+    def _instant(self, name: str) -> datetime | None:
+        text = getattr(self, name)
+        found = instant(text) if text else None
+        if text and found is None:
+            raise SearchError(f"{name} {text!r}: expected an ISO date such as 2020, 2020-06, 2020-06-30.")
+        return found
+
+    def _regions(self) -> list[Any]:
+        return [
+            *([places.box(self.bbox)] if self.bbox else []),
+            *([places.polygon(self.polygon)] if self.polygon else []),
+        ]
+
+
+def _after(text: str, start: datetime | None) -> datetime | None:
+    """The instant after the year, month, day or microsecond that starts there."""
+    if start is None:
+        return None
+    try:
+        if re.fullmatch(r"\d{4}", text):
+            return start.replace(year=start.year + 1)
+        if re.fullmatch(r"\d{4}-\d{2}", text):
+            return (start + timedelta(days=31)).replace(day=1)
+        whole_day = re.fullmatch(r"\d{4}-\d{2}-\d{2}", text)
+        return start + (timedelta(days=1) if whole_day else timedelta(microseconds=1))
+    except (ValueError, OverflowError):  # the end of the calendar
+        return datetime.max.replace(tzinfo=timezone.utc)
+
+
+def _true(values: pa.ChunkedArray) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = pc.fill_null(values, False).to_numpy()
+    return found
+
+
+def _outlines(tiles: Tiles) -> tuple[NDArray[np.float64], Any]:
+    """Bounds (n, 4) of all images, and what gives the outlines (k,) of some rows (k,)."""
+
+    def some(rows: NDArray[np.int64]) -> list[bytes]:
+        found: list[bytes] = tiles.columns(["geometry"])["geometry"].take(rows).to_pylist()
+        return found
+
+    return bounds(tiles.columns(["bbox"])), some
+
+
+def _matching(expression: str, tiles: Tiles) -> NDArray[np.bool_]:
+    """Which rows (n,) an expression of DuckDB is true of.
+
+    DuckDB sees the columns of the index and nothing else: no files, no network, no extensions, no variables of this
+    process, and no way to allow them again.
+
+    Raises:
+        SearchError: DuckDB is missing or refuses the expression.
+    """
+    try:
+        import duckdb
+    except ImportError as error:
+        raise SearchError("where: DuckDB is missing: pip install 'msa_openclip[archive]'.") from error
+    names = tiles.schema.names
+    used = [name for name in names if name.lower() in expression.lower()]  # more than needed does no harm
+    known = _without_zones(tiles.columns(used))
+    columns = dict(zip(used, known.columns, strict=True))
+    table = pa.table({**columns, _ROW: np.arange(len(tiles))})
+    allowed = np.zeros(len(tiles), dtype=np.bool_)
+    locked: dict[str, Any] = {
+        "enable_external_access": False,
+        "autoload_known_extensions": False,
+        "autoinstall_known_extensions": False,
+        "python_enable_replacements": False,
+    }
+    try:
+        with duckdb.connect(":memory:", config=locked) as connection:
+            connection.execute("SET lock_configuration = true")
+            relation = connection.from_arrow(table).filter(expression).select(duckdb.ColumnExpression(_ROW))
+            allowed[relation.fetchnumpy()[_ROW]] = True
+    except duckdb.Error as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SearchError(f"where {expression!r}: {reason} The columns are {', '.join(names)}.") from error
+    return allowed
+
+
+def _without_zones(table: pa.Table) -> pa.Table:
+    """Times as they are in UTC: those with a zone DuckDB would show in that of this machine."""
+    kinds = [pa.timestamp(kind.unit) if pa.types.is_timestamp(kind) else kind for kind in table.schema.types]
+    return table.cast(pa.schema(list(zip(table.column_names, kinds, strict=True))))

@@ -1,27 +1,23 @@
-"""An opened index: vectors memory-mapped, records parsed on access.
+"""An opened index: vectors memory-mapped, metadata decoded on access.
 
 Shapes: n rows, S scales, D width of MSCMAT, E embed_dim.
 """
 
 from __future__ import annotations
 
-import bisect
-import json
-import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data.captioned import CaptionedImage
 from ..evaluation.loading import LoadedModel
 from .checksums import CheckedFile, ChecksumError
-from .files import ImageIndexError, checked_files, damaged, from_record, read_manifest
+from .files import TILES, ImageIndexError, checked_files, damaged, read_manifest
 from .fingerprint import check_model
+from .tiles import Tiles
 
 _BLOCK = 2048
 
@@ -69,53 +65,6 @@ class Vectors:
         return self.array[start:stop]
 
 
-class ImageRecords(Sequence[CaptionedImage]):
-    """The records of all segments as a sequence; a row is parsed when it is asked for."""
-
-    def __init__(self) -> None:
-        self._parts: list[tuple[Path, bytes | mmap.mmap, NDArray[np.int64]]] = []
-        self._ends: list[int] = []
-
-    def append(self, segment: Path, checked: CheckedFile, images: int) -> None:
-        """Add the records of a segment.
-
-        Raises:
-            ImageIndexError: there are not as many as images, or they are damaged.
-        """
-        path = checked.path
-        try:
-            checked.check_all()
-            with open(path, "rb") as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise damaged(segment, f"{path.name}: {error}") from error
-        ends = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == ord("\n"))
-        if len(ends) != images:
-            raise damaged(segment, f"{path.name}: {len(ends)} lines, expected {images}")
-        self._parts.append((segment, data, np.concatenate([[-1], ends])))
-        self._ends.append(len(self) + images)
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    @overload
-    def __getitem__(self, row: int) -> CaptionedImage: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[CaptionedImage]: ...
-    def __getitem__(self, row: int | slice) -> CaptionedImage | list[CaptionedImage]:
-        if isinstance(row, slice):
-            return [self[number] for number in range(*row.indices(len(self)))]
-        if not 0 <= row < len(self):
-            raise IndexError(row)  # ends iteration
-        number = bisect.bisect_right(self._ends, row)
-        segment, data, ends = self._parts[number]
-        place = row - (self._ends[number - 1] if number else 0)
-        try:
-            return from_record(json.loads(data[ends[place] + 1 : ends[place + 1]]))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise damaged(segment, f"records.jsonl line {place + 1}: {type(error).__name__}: {error}") from error
-
-
 class ImageIndex:
     """An index, opened: rows in the order of its segments, vectors mapped from disk.
 
@@ -132,18 +81,15 @@ class ImageIndex:
         check_model(root, manifest, model)
         self.folder, self.model = folder, model
         self.segments = manifest.segments
-        self.images = ImageRecords()
+        self.images = Tiles()
         """What is known of every image, read from disk when asked for."""
-        self.filter_fields: list[NDArray[np.void]] = []
-        """Of each segment what filters look at: (n,) with `label`, `date`, `bounds` (west, south, east, north)."""
         self._features: list[Vectors] = []
         self._projected: list[Vectors] = []
         for segment in manifest.segments:
             path, files = root / segment.name, checked_files(root, segment)
             if not segment.images:  # none of its images could be read
                 continue
-            self.images.append(path, files["records.jsonl"], segment.images)
-            self.filter_fields.append(_filter_fields(path, files["facts.npy"], segment.images))
+            self.images.append(path, files[TILES], segment.images)
             self._features.append(Vectors(path, files["features.npy"], segment.images))
             if model.scorer.has_match:
                 if "projected.npy" not in files:
@@ -181,15 +127,3 @@ class ImageIndex:
             here = segment == number
             result[here] = parts[number].rows(wanted[here] - (self._ends[number] - len(parts[number].array)))
         return torch.from_numpy(result).float()
-
-
-def _filter_fields(segment: Path, checked: CheckedFile, images: int) -> NDArray[np.void]:
-    try:
-        checked.check_all()
-        values: NDArray[np.void] = np.load(checked.path, mmap_mode="r")
-        label, date, bounds = values["label"], values["date"], values["bounds"]
-    except Exception as error:  # as above
-        raise damaged(segment, f"{checked.path.name}: {error}") from error
-    if label.shape != (images,) or date.shape != (images,) or bounds.shape != (images, 4):
-        raise damaged(segment, f"{checked.path.name}: {values.shape} rows, expected {images}")
-    return values

@@ -6,3 +6,5 @@ KINDS = ("auto", "flat", "ivfpq", "hnsw")
 """Ways to find the nearest by global features, see `nearest.nearest`."""
 CANDIDATES = 256
 """K: how many of the nearest by global features are scored by MSCMAT."""
+FORMATS = ("table", "json", "geojson", "stac")
+"""How answers are printed, see `results`."""

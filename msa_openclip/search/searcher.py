@@ -123,9 +123,7 @@ class Searcher:
 
     def _rows_where(self, where: SearchFilter) -> Tensor:
         """The rows of the images that may be found."""
-        return torch.from_numpy(
-            np.flatnonzero(np.concatenate([where(filter_fields) for filter_fields in self.index.filter_fields]))
-        )
+        return torch.from_numpy(np.flatnonzero(where(self.index.images)))
 
     def _scan_rows(self, queries: Tensor, k: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         """As `scan`, of some rows."""

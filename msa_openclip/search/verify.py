@@ -7,9 +7,21 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.small_files import read_json
+from ..data.small_files import read_json, read_text
 from .checksums import CheckedFile, ChecksumError
-from .files import ImageIndexError, Segment, checked_files, damaged, read_lines, read_manifest
+from .files import (
+    REJECTED,
+    TILES,
+    ImageIndexError,
+    Manifest,
+    Segment,
+    checked_files,
+    damaged,
+    open_parquet,
+    read_columns,
+    read_manifest,
+)
+from .item import ITEM, item_text
 
 
 @dataclass
@@ -32,19 +44,32 @@ def verify_index(folder: str) -> Verified:
     """
     root, found = Path(folder), Verified()
     try:
-        segments = read_manifest(root).segments
+        manifest = read_manifest(root)
     except ImageIndexError as error:
         found.problems.append(str(error))
         return found
-    for segment in segments:
+    for segment in manifest.segments:
         found.segments += 1
         found.images += segment.images
         try:
             found.rejected += _verify_segment(root, segment)
         except ImageIndexError as error:
             found.problems.append(str(error))
+    if not found.problems:
+        found.problems += _other_item(root, manifest)
     found.problems += _damaged_neighbours(root)
     return found
+
+
+def _other_item(root: Path, manifest: Manifest) -> list[str]:
+    """item.json, if it is not what the segments say."""
+    try:
+        if read_text(root / ITEM) == item_text(root, manifest):
+            return []
+        reason = "not what was written"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    return [f"{root / ITEM}: damaged ({reason}); delete it and run `msa-openclip index` once more."]
 
 
 def _damaged_neighbours(root: Path) -> list[str]:
@@ -75,6 +100,9 @@ def _verify_segment(root: Path, segment: Segment) -> int:
                 raise ChecksumError(f"{name}: {vectors.shape} numbers, some of them not finite or too few")
     except (OSError, ValueError, EOFError) as error:
         raise error if isinstance(error, ImageIndexError) else damaged(folder, str(error)) from error
-    if sum(1 for _ in read_lines(root, segment, "records.jsonl")) != segment.images:
-        raise damaged(folder, f"records.jsonl: expected {segment.images} lines")
-    return sum(1 for _ in read_lines(root, segment, "rejected.jsonl"))
+    read = {
+        name: read_columns(folder, parquet, parquet.schema_arrow.names, segment.images if name == TILES else None)
+        for name in files.keys() & {TILES, REJECTED}
+        for parquet in [open_parquet(folder, files[name])]
+    }
+    return len(read[REJECTED]) if REJECTED in read else 0

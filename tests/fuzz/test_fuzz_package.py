@@ -121,7 +121,7 @@ def ask(index: Path, model: LoadedModel) -> None:
 
 @fuzz
 @given(
-    name=st.sampled_from(["index.json", "segment.json", "records.jsonl", "facts.npy", "features.npy", "projected.npy"]),
+    name=st.sampled_from(["index.json", "segment.json", "tiles.parquet", "features.npy", "projected.npy"]),
     changes=mutations,
     forged=st.booleans(),
 )

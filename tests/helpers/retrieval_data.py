@@ -51,6 +51,12 @@ def write_shards(folder: Path, layout: str = "image", count: int = 7, shards: in
     return f"{folder / layout}/{summary.splits[split]['pattern']}"
 
 
+def square(west: float, south: float, side: float = 1.0) -> dict[str, Any]:
+    """GeoJSON of a square in degrees."""
+    ring = [[west, south], [west + side, south], [west + side, south + side], [west, south + side], [west, south]]
+    return {"type": "Polygon", "coordinates": [ring]}
+
+
 class Tokenizer:
     """Captions -> token ids: the scene's number first, then a number per word."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from helpers.retrieval_data import randomise, scene, write_shards
+from helpers.retrieval_data import randomise, scene, square, write_shards
 
 from msa_openclip.commands import main as cli
 from msa_openclip.data.captioned import CaptionedImage
@@ -62,7 +62,7 @@ def images(pattern: str) -> list[CaptionedImage]:
         replace(
             image,
             label=("water", "land")[number % 2],
-            metadata={"geo": {"bounds": [number, 0, number + 1, 1]}, "meta": {"date": f"20{10 + number}-06-30"}},
+            metadata={"geo": {"footprint": square(number, 0)}, "meta": {"date": f"20{10 + number}-06-30"}},
         )
         for number, image in enumerate(read_shards(pattern))
     ]
@@ -140,8 +140,8 @@ def test_image_to_text_is_the_fused_ranking(
     ("where", "expected"),
     [
         (SearchFilter(classes=frozenset({"land"})), {1, 3, 5, 7, 9}),
-        (SearchFilter(box=(2.5, 0.5, 4.5, 9)), {2, 3, 4}),
-        (SearchFilter(box=(2.5, 1.5, 4.5, 9)), set()),
+        (SearchFilter(bbox=(2.5, 0.5, 4.5, 9)), {2, 3, 4}),
+        (SearchFilter(bbox=(2.5, 1.5, 4.5, 9)), set()),
         (SearchFilter(since="2018-06-30"), {8, 9, 10}),
         (SearchFilter(since="2012-07", until="2014"), {3, 4}),
         (SearchFilter(until="2011-06-30"), {0, 1}),
@@ -164,9 +164,9 @@ def test_what_is_not_known_is_filtered_out(model: LoadedModel, images: list[Capt
     searcher = Searcher(ImageIndex(str(tmp_path / "x"), model))
     for where, expected in [
         (SearchFilter(classes=frozenset({"land"})), {1, 2}),
-        (SearchFilter(box=(-180, -90, 180, 90)), {2}),
-        (SearchFilter(since="0"), {2}),
-        (SearchFilter(until="9"), {2}),
+        (SearchFilter(bbox=(-180, -90, 180, 90)), {2}),
+        (SearchFilter(since="0001"), {2}),
+        (SearchFilter(until="9999"), {2}),
         (SearchFilter(), {0, 1, 2}),
     ]:
         (hits,) = searcher.by_text(QUERIES[:1], 11, where)
@@ -237,26 +237,23 @@ def test_another_model_is_refused(built: str, model: LoadedModel, images: list[C
 
 
 def test_an_older_index_is_refused_with_the_remedy(
-    model: LoadedModel, images: list[CaptionedImage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: LoadedModel, images: list[CaptionedImage], tmp_path: Path
 ) -> None:
     folder = str(tmp_path / "x")
-    for module in (index, index_files):
-        monkeypatch.setattr(module, "FORMAT", 1)
     build_index(model, images[:3], folder)
-    (tmp_path / "x/index.json").rename(tmp_path / "index.json")
-    for filter_fields in (tmp_path / "x").rglob("facts.npy"):
-        filter_fields.unlink()  # format 1 had none
-    monkeypatch.undo()
-    assert build_index(model, images[:3], folder) == 3  # an unfinished one's segments are not taken for ours
-    assert len(ImageIndex(folder, model)) == 3
-    (tmp_path / "index.json").rename(tmp_path / "x/index.json")
-    remedy = f"{re.escape(folder)}: an index of format 1, and this version reads 3 only. Delete the folder and build"
-    for use in (lambda: ImageIndex(folder, model), lambda: build_index(model, images, folder)):
-        with pytest.raises(ImageIndexError, match=remedy):
-            use()
+    manifest = json.loads((tmp_path / "x/index.json").read_text())
+    for older, remedy in [
+        (1, r"Delete the folder and build the index again"),
+        (3, rf"Convert it with `msa-openclip index convert {re.escape(folder)} NEW`"),
+    ]:
+        (tmp_path / "x/index.json").write_text(json.dumps(index_files.sealed(manifest | {"format": older})))
+        message = f"{re.escape(folder)}: an index of format {older}, expected 4. {remedy}"
+        for use in (lambda: ImageIndex(folder, model), lambda: build_index(model, images, folder)):
+            with pytest.raises(ImageIndexError, match=message):
+                use()
 
 
-@pytest.mark.parametrize("file", ["features.npy", "projected.npy", "records.jsonl", "facts.npy", "index.json"])
+@pytest.mark.parametrize("file", ["features.npy", "projected.npy", "tiles.parquet", "index.json"])
 @pytest.mark.parametrize("how", ["cut", "gone"])
 def test_damage_is_named(file: str, how: str, model: LoadedModel, images: list[CaptionedImage], tmp_path: Path) -> None:
     folder = tmp_path / "x"
@@ -289,8 +286,10 @@ def test_bad_queries_are_named(searcher: Searcher) -> None:
         searcher.by_text(["harbor"], k=0)
     with pytest.raises(SearchError, match="candidates: 0"):
         Searcher(searcher.index, candidates=0)
-    with pytest.raises(SearchError, match="expected west <= east"):
-        SearchFilter(box=(2, 0, 1, 1))
+    with pytest.raises(SearchError, match=r"bbox 2,1,1,0: expected WEST,SOUTH,EAST,NORTH .* south <= north"):
+        SearchFilter(bbox=(2, 1, 1, 0))
+    with pytest.raises(SearchError, match="until '20200101T': expected an ISO date such as 2020"):
+        SearchFilter(until="20200101T")
     with pytest.raises(ImageIndexError, match="nearest: 'x' is unknown; choose one of auto"):
         nearest(searcher.index, "x")
 
@@ -354,7 +353,7 @@ def test_commands(checkpoint: str, pattern: str, tmp_path: Path, capsys) -> None
     for bad, message, code in [
         ([], "give either texts, or images", 2),
         ([" "], "query 0 is blank", 1),
-        (["x", "--box", "1,2"], "expected WEST,SOUTH,EAST,NORTH", 2),
+        (["x", "--bbox", "1,2"], "expected WEST,SOUTH,EAST,NORTH", 2),
         (["x", "--model", "MSA-tiny-ViT=untrained"], "built with other weights", 1),
     ]:
         assert cli.main(["search", folder, *bad]) == code

@@ -452,9 +452,7 @@ def test_every_flipped_byte_is_found(built: Path, model: LoadedModel) -> None:
     assert verify_index(str(built)).problems == []
 
 
-@pytest.mark.parametrize(
-    "name", ["features.npy", "projected.npy", "facts.npy", "records.jsonl", "segment.json", "index.json"]
-)
+@pytest.mark.parametrize("name", ["features.npy", "projected.npy", "tiles.parquet", "segment.json", "index.json"])
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"{", b"[" * 100_000, b"\xff" * 300, b"null", b"{}"])
 def test_files_that_are_something_else_are_named(name: str, content: bytes, built: Path, model: LoadedModel) -> None:
     path = next(built.rglob(name))
@@ -464,7 +462,7 @@ def test_files_that_are_something_else_are_named(name: str, content: bytes, buil
     assert verify_index(str(built)).problems
 
 
-@pytest.mark.parametrize("name", ["features.npy", "records.jsonl", "segment.json", "index.json"])
+@pytest.mark.parametrize("name", ["features.npy", "tiles.parquet", "segment.json", "index.json"])
 def test_a_pipe_in_an_index_is_refused(name: str, built: Path, model: LoadedModel) -> None:
     path = next(built.rglob(name))
     path.unlink()

@@ -1,0 +1,104 @@
+"""What an index knows of its images: a sequence of images, or columns of all of them, decoded when asked for."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import overload
+
+import pyarrow as pa
+
+from ..data.captioned import CaptionedImage
+from .checksums import CheckedFile
+from .files import damaged, open_parquet, read_columns
+from .schema import to_images
+
+
+class _Part:
+    """The metadata of a segment; a column is decoded once and kept."""
+
+    def __init__(self, segment: Path, checked: CheckedFile, images: int) -> None:
+        self.segment, self.images, self._checked = segment, images, checked
+        self._columns: dict[str, pa.ChunkedArray] = {}
+
+    @functools.cached_property
+    def schema(self) -> pa.Schema:
+        return self._file.schema_arrow
+
+    @functools.cached_property
+    def _file(self) -> pa.parquet.ParquetFile:
+        return open_parquet(self.segment, self._checked)
+
+    def table(self, names: Iterable[str]) -> pa.Table:
+        """Some columns, (n) rows."""
+        new = [name for name in names if name not in self._columns]
+        if new:
+            table = read_columns(self.segment, self._file, new, self.images)
+            self._columns |= dict(zip(new, table.columns, strict=True))
+        return pa.table({name: self._columns[name] for name in names})
+
+    def image(self, row: int) -> CaptionedImage:
+        try:
+            return to_images(self.table(self.schema.names).slice(row, 1))[0]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise damaged(
+                self.segment, f"{self._checked.path.name} row {row}: {type(error).__name__}: {error}"
+            ) from error
+
+
+class Tiles(Sequence[CaptionedImage]):
+    """The images of all segments as a sequence, and their columns as one table."""
+
+    def __init__(self) -> None:
+        self._parts: list[_Part] = []
+        self._ends: list[int] = []
+
+    def append(self, segment: Path, checked: CheckedFile, images: int) -> None:
+        """Add the images of a segment; nothing is read yet."""
+        self._parts.append(_Part(segment, checked, images))
+        self._ends.append(len(self) + images)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, row: int) -> CaptionedImage: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[CaptionedImage]: ...
+    def __getitem__(self, row: int | slice) -> CaptionedImage | list[CaptionedImage]:
+        if isinstance(row, slice):
+            return [self[number] for number in range(*row.indices(len(self)))]
+        if not 0 <= row < len(self):
+            raise IndexError(row)  # ends iteration
+        number = bisect.bisect_right(self._ends, row)
+        return self._parts[number].image(row - (self._ends[number - 1] if number else 0))
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of all segments; one that is of several kinds is text."""
+        found: dict[str, pa.DataType] = {}
+        for field in (field for part in self._parts for field in part.schema):
+            before = found.setdefault(field.name, field.type)
+            if before != field.type:
+                numbers = all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in (before, field.type))
+                found[field.name] = pa.float64() if numbers else pa.string()
+        return pa.schema(list(found.items()))
+
+    def columns(self, names: Sequence[str]) -> pa.Table:
+        """Some columns of all images, in their order; null where a segment lacks one."""
+        schema = pa.schema([self.schema.field(name) for name in names])
+        tables = [self._columns(part, schema) for part in self._parts]
+        return pa.concat_tables(tables) if tables else schema.empty_table()
+
+    @staticmethod
+    def _columns(part: _Part, schema: pa.Schema) -> pa.Table:
+        there = part.table([name for name in schema.names if name in part.schema.names])
+        arrays = [
+            there[field.name].cast(field.type)
+            if field.name in there.column_names
+            else pa.chunked_array([pa.nulls(part.images, field.type)])
+            for field in schema
+        ]
+        return pa.Table.from_arrays(arrays, schema=schema)
