@@ -29,10 +29,20 @@ def load_image(image: CaptionedImage) -> Image.Image:
     try:
         if image.location.window:
             return geotiff.read_pixels(image.location, ImageOptions(geo=True))[0].convert("RGB")
-        ready = shard_images.prepare(read_location(image.location), ImageOptions())
-        return Image.open(io.BytesIO(ready.data)).convert("RGB")
+        return decode(read_location(image.location))
     except Exception as error:  # Pillow raises nearly everything for one broken file or another
         raise EvalDataError(f"{image.location.url}: image {image.image_id} cannot be read: {error}") from error
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode the bytes of an image file as shards would hold it: RGB, upright, 8 bit.
+
+    Raises:
+        ImageProblem: unreadable, cut short, or of too many pixels.
+        Exception: whatever Pillow raises for broken pixels.
+    """
+    ready = shard_images.prepare(data, ImageOptions())
+    return Image.open(io.BytesIO(ready.data)).convert("RGB")
 
 
 def image_pixels(image: CaptionedImage, preprocess: Preprocess) -> Tensor:

@@ -52,6 +52,11 @@ class ScaleExplanation:
     positions: Tensor
     """(h, w): where the scale looked, summing to 1; for max pooling the share of channels each position won."""
 
+    def parts(self) -> list[tuple[str, float]]:
+        """What the logit is the sum of: words, the sentence as a whole, the image."""
+        words = [(word.text, word.contribution) for word in self.words]
+        return [*words, ("(sentence)", self.sentence), ("(image)", self.image)]
+
 
 @dataclass(frozen=True)
 class Explanation:
