@@ -40,7 +40,7 @@ def searchers(tiny_configs: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     folder = tmp_path_factory.mktemp("demo")
     torch.save(randomise(open_clip.create_model("MSA-tiny-ViT"), seed=3).state_dict(), folder / "msa.pt")
     model = load(f"MSA-tiny-ViT={folder / 'msa.pt'}")
-    images = list(read_shards(write_shards(folder, count=5)))
+    images = sorted(read_shards(write_shards(folder, count=5)), key=lambda image: image.image_id[-1])
     placed = [
         replace(image, label="water", metadata={"geo": {"footprint": square(10 + 2 * n, 50)}, "meta": {"date": "2020"}})
         for n, image in enumerate(images[:3])
@@ -203,7 +203,7 @@ def test_over_http(address: str) -> None:
     assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
     assert "default-src 'none'; script-src 'self'; style-src 'self';" in headers["Content-Security-Policy"]
     assert ask(f"{address}search?q=x&since=soon", b"")[0] == 400
-    assert ask(f"{address}search?q=x")[0] == 405  # a link of somebody else's starts no search
+    assert ask(f"{address}search?q=x")[0] == 404  # a link of somebody else's starts no search
     assert ask(f"{address}tile/5")[0] == 400
     assert ask(f"{address}tile/..%2f..%2fetc%2fpasswd")[0] == 404
     assert ask(f"{address}..%2fapp.py")[0] == 404
@@ -270,7 +270,7 @@ def test_search_click_and_reasons(address: str, tab: Any) -> None:
     assert tab.locator("#map path.leaflet-interactive[fill-opacity='0.05']").count() == 3  # outlines
     assert tab.locator("#map img.leaflet-image-layer").count() == 3
     tab.locator("ol button", has_text="water").first.click()
-    assert tab.locator("#why figure").nth(1).is_visible() or tab.locator("#why figure").nth(1).wait_for() is None
+    tab.locator("#why figure").nth(1).wait_for()
     assert tab.locator("#why th").all_inner_texts()[:3] == ["harbor", "number", "3"]
     assert "water" in tab.locator("#why dl").inner_text()
     tab.get_by_role("button", name="Find tiles like this").click()
@@ -298,14 +298,14 @@ def test_drawing_a_box_and_clicking_on_the_map(address: str, tab: Any) -> None:
     search(tab, "harbor")
     status(tab, "5 answers")
     tab.get_by_role("button", name="Draw a box").click()
-    west, east = (tab.locator("#map img.leaflet-image-layer").nth(n).bounding_box() for n in (0, 1))
-    left, right = sorted((west, east), key=lambda box: box["x"])
-    tab.mouse.move(left["x"] - 5, left["y"] - 5)
+    tiles = tab.locator("#map img.leaflet-image-layer")
+    first, second, _ = sorted((tiles.nth(n).bounding_box() for n in range(3)), key=lambda box: box["x"])
+    tab.mouse.move(first["x"] - 5, first["y"] - 5)
     tab.mouse.down()
-    tab.mouse.move(right["x"] + 3, right["y"] + right["height"] / 2, steps=4)
+    tab.mouse.move(second["x"] + 3, second["y"] + second["height"] / 2, steps=4)
     tab.mouse.up()
-    status(tab, "2 answers" if right["x"] - left["x"] < 1.5 * (left["width"] * 2) else "3 answers")
-    tab.locator("#map path.leaflet-interactive[fill-opacity='0.05']").first.click()
+    status(tab, "2 answers")
+    tab.locator("#map path.leaflet-interactive[fill-opacity='0.05']").first.click(position={"x": 9, "y": 9})
     tab.locator("#why figure").first.wait_for()
     tab.get_by_role("button", name="No box").click()
     status(tab, "5 answers")

@@ -56,13 +56,17 @@ async function restore() {
 
 // Searching.
 
+function greeting() {
+  return `${about.images.toLocaleString("en")} images. Type a sentence or choose a picture.`;
+}
+
 /** Asks for what the form says; `fit` moves the map to the answers, or to the box. */
 async function search({ isNew = false, fit = false } = {}) {
   close({ isQuiet: true });
   const picture = $("#picture").files[0];
   hits = [];
   if (isNew) remember({ isNew });
-  let said = `${about.images.toLocaleString("en")} images. Type a sentence or choose a picture.`;
+  let said = greeting();
   if (form.q.value.trim() || picture || like) {
     asking?.abort();
     const mine = (asking = new AbortController());
@@ -104,7 +108,8 @@ function item(hit, number) {
   const scales = hit.match.map((value) => value.toFixed(1)).join(" ");
   const button = make("button", { type: "button", onclick: () => select(number) },
     make("img", { src: `tile/${hit.row}`, alt: hit.captions[0] ?? hit.id, loading: "lazy" }),
-    make("span", {}, `${number + 1}. ${hit.score.toFixed(2)}${scales ? ` (${scales})` : ""}`),
+    make("span", {}, `${number + 1}. ${hit.score.toFixed(2)}`),
+    make("span", {}, scales),
     make("span", {}, [hit.class, hit.date].filter(Boolean).join(", ") || hit.id));
   button.style.borderColor = colour(hit);
   return make("li", {}, button);
@@ -240,9 +245,10 @@ async function select(number) {
   const known = Object.entries(facts).filter(([, value]) => value);
   why.replaceChildren(
     make("header", {}, heading, make("button", { type: "button", onclick: () => close() }, "Close")),
-    make("img", { src: `tile/${hit.row}`, alt: "" }),
+    make("div", { className: "known" },
+      make("img", { src: `tile/${hit.row}`, alt: "" }),
+      make("dl", {}, ...known.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]))),
     make("button", { type: "button", onclick: () => findLike(hit.row) }, "Find tiles like this"),
-    make("dl", {}, ...known.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)])),
     make("ul", {}, ...hit.captions.map((caption) => make("li", {}, caption))));
   why.hidden = false;
   why.scrollTop = 0;
@@ -312,12 +318,6 @@ async function start() {
   document.body.classList.toggle("placeless", !about.boxes.length);
   if (about.boxes.length) startMap();
   startDrawing();
-  form.onsubmit = (event) => {
-    event.preventDefault();
-    [like, k] = ["", about.shown];
-    showBox();
-    search({ isNew: true, fit: true });
-  };
   $("#picture").onchange = (event) => {
     const [file] = event.target.files;
     $("#example").hidden = !file;
@@ -348,7 +348,15 @@ async function start() {
     else if (!why.hidden) close();
   };
   window.onpopstate = restore;
-  await restore();
+  if (location.hash.length > 1) await restore();
+  else $("#status").textContent = greeting(); // what somebody is typing already stays
 }
 
-start().catch((error) => ($("#status").textContent = error.message));
+const started = start().catch((error) => ($("#status").textContent = error.message));
+form.onsubmit = async (event) => {
+  event.preventDefault();
+  await started;
+  [like, k] = ["", about.shown];
+  showBox();
+  search({ isNew: true, fit: true });
+};
