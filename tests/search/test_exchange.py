@@ -99,7 +99,7 @@ def test_geopandas_and_duckdb_open_index_and_export(built: str, parts: Path) -> 
         assert duckdb.sql(asked).fetchall() == [(2,)]
     frames = [geopandas.read_parquet(path) for path in parts.glob("*.parquet")]
     assert sum(len(frame.geometry.dropna()) for frame in frames) == 6
-    asked = f'select sum(list_inner_product("global", "global")) from \'{parts}/*.parquet\''
+    asked = f"select sum(list_inner_product(\"global\", \"global\")) from '{parts}/*.parquet'"
     ((norm,),) = duckdb.sql(asked).fetchall()
     assert norm == pytest.approx(7, abs=1e-2)
 

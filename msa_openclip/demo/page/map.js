@@ -242,6 +242,7 @@ async function select(number) {
   remember();
   const heading = make("h2", { id: "name", tabIndex: -1 }, `${number + 1}. ${hit.id}`);
   const facts = { score: hit.score.toFixed(3), cosine: hit.cosine.toFixed(3), scales: hit.match.map((x) => x.toFixed(2)).join(" "), class: hit.class, date: hit.date };
+  const reasons = make("div");
   const known = Object.entries(facts).filter(([, value]) => value);
   why.replaceChildren(
     make("header", {}, heading, make("button", { type: "button", onclick: () => close() }, "Close")),
@@ -249,6 +250,7 @@ async function select(number) {
       make("img", { src: `tile/${hit.row}`, alt: "" }),
       make("dl", {}, ...known.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]))),
     make("button", { type: "button", onclick: () => findLike(hit.row) }, "Find tiles like this"),
+    reasons,
     make("ul", {}, ...hit.captions.map((caption) => make("li", {}, caption))));
   why.hidden = false;
   why.scrollTop = 0;
@@ -256,9 +258,9 @@ async function select(number) {
   try {
     const scales = await ask(`reasons?${new URLSearchParams({ row: hit.row, q: form.q.value })}`);
     const most = Math.max(...scales.flatMap((scale) => scale.parts.map(([, value]) => Math.abs(value))));
-    if (open === String(hit.row)) why.append(...scales.map((scale) => reason(scale, most)));
+    reasons.append(...scales.map((scale) => reason(scale, most)));
   } catch (error) {
-    why.append(make("p", {}, error.message));
+    reasons.append(make("p", {}, error.message));
   }
 }
 
