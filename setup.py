@@ -33,7 +33,7 @@ INSTALL_REQUIRES = [
 EXTRAS = {
     "plot": ["matplotlib>=3.7"],  # figures and HTML pages
     "search": ["faiss-cpu>=1.8"],  # indexes of 100,000 images and more
-    "demo": ["gradio>=5", "matplotlib>=3.7"],  # the search page
+    "demo": ["starlette>=0.40", "uvicorn>=0.30"],  # the map; Leaflet comes with this package
     "report": ["imagehash>=4.3", "matplotlib>=3.7"],  # perceptual duplicates in `shards info`
     "geo": ["rasterio>=1.3", "shapely>=2.0"],  # GeoTIFF: bands, stretch, tiles, coordinates; their outlines in indexes
     "stac": ["pystac>=1.8", "rasterio>=1.3", "shapely>=2.0"],  # scenes of STAC catalogues
@@ -80,6 +80,7 @@ setup(
     },
     package_data={
         "msa_openclip": ["py.typed"],
+        "msa_openclip.demo": ["page/*", "page/leaflet/*", "page/leaflet/images/*"],
         "msa_openclip.model_configs": ["*.json"],
         "msa_openclip.reports": ["templates/*"],
         "msa_openclip.shards.pages": ["*.html", "*.css"],

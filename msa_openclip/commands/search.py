@@ -122,10 +122,9 @@ def run(parsed: argparse.Namespace) -> None:
 def _shown(how: str, names: Sequence[str], answers: Sequence[Sequence[Hit]]) -> str:
     from ..search.results import geojson, item_collection
 
-    if how in ("geojson", "stac"):
-        collection = (geojson if how == "geojson" else item_collection)(dict(zip(names, answers, strict=True)))
-        return json.dumps(collection, default=str)
     pairs = zip(names, answers, strict=True)
+    if how in ("geojson", "stac"):
+        return json.dumps((geojson if how == "geojson" else item_collection)(pairs), default=str)
     if how == "json":
         return "\n".join(json.dumps({"query": name, "hits": [_row(hit) for hit in hits]}) for name, hits in pairs)
     return "\n".join(_text(name, hits) for name, hits in pairs)

@@ -56,6 +56,11 @@ class ScaleExplanation:
     Of several dates (h, dates * w), side by side.
     """
 
+    def parts(self) -> list[tuple[str, float]]:
+        """What the logit is the sum of: words, the sentence as a whole, the image."""
+        words = [(word.text, word.contribution) for word in self.words]
+        return [*words, ("(sentence)", self.sentence), ("(image)", self.image)]
+
 
 @dataclass(frozen=True)
 class Explanation:

@@ -82,8 +82,7 @@ def figure(explanation: Explanation, picture: Image.Image) -> Any:
         top.imshow(spotlight(picture, scale.positions))
         top.set_title(f"stage {scale.scale.stage}, {scale.scale.pool}: {scale.logit:.2f}")
         top.set_axis_off()
-        parts = [*((word.text, word.contribution) for word in scale.words)]
-        parts += [("(sentence)", scale.sentence), ("(image)", scale.image)]
+        parts = scale.parts()
         places = list(range(len(parts)))
         colours = ["#2a7f62" if value > 0 else "#b5482f" for _, value in parts]
         bottom.barh(places, [value for _, value in parts], color=colours)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from .schema import instant
 from .searcher import Hit
 
+Answers: TypeAlias = Iterable[tuple[str, Sequence[Hit]]]
+"""Queries, each with what was found."""
 
-def geojson(answers: Mapping[str, Sequence[Hit]]) -> dict[str, Any]:
+
+def geojson(answers: Answers) -> dict[str, Any]:
     """A FeatureCollection of all images found, each with the query, its rank and scores; geometry null if unknown."""
     features = [
         {
@@ -24,18 +27,15 @@ def geojson(answers: Mapping[str, Sequence[Hit]]) -> dict[str, Any]:
     return {"type": "FeatureCollection", "features": features}
 
 
-def item_collection(answers: Mapping[str, Sequence[Hit]]) -> dict[str, Any]:
+def item_collection(answers: Answers) -> dict[str, Any]:
     """A STAC ItemCollection of all images found; its items name the file or URL of their image as asset `image`."""
     return {"type": "FeatureCollection", "features": [_item(*found) for found in _found(answers)]}
 
 
-def _found(answers: Mapping[str, Sequence[Hit]]) -> list[tuple[str, int, Hit]]:
+def _found(answers: Answers) -> list[tuple[str, int, Hit]]:
     """Query, rank and hit of all images; captions that were found for an image are none."""
     return [
-        (query, rank, hit)
-        for query, hits in answers.items()
-        for rank, hit in enumerate(hits, start=1)
-        if hit.image is not None
+        (query, rank, hit) for query, hits in answers for rank, hit in enumerate(hits, start=1) if hit.image is not None
     ]
 
 

@@ -41,6 +41,8 @@ class Hit:
     match: tuple[float, ...]
     """MSCMAT's score of each scale, shallow to deep; empty without MSCMAT and between images."""
     image: CaptionedImage | None = None
+    row: int | None = None
+    """Of the image in the index."""
     text: str | None = None
 
 
@@ -85,7 +87,7 @@ class Searcher:
         feature, _ = self._project(queries)
         cosine, rows = self._find(feature.cpu(), k, where)
         return [
-            [Hit(float(c), float(c), (), self.index.images[r]) for c, r in zip(*pair, strict=True) if r >= 0]
+            [Hit(float(c), float(c), (), self.index.images[r], r) for c, r in zip(*pair, strict=True) if r >= 0]
             for pair in zip(cosine.tolist(), rows.tolist(), strict=True)
         ]
 
@@ -140,7 +142,8 @@ class Searcher:
         images = self.scorer.fold(feature.to(self.scorer.device), projected)
         scores = self.scorer.scores(images, text)[:, :, 0].cpu()  # (R, K)
         order = self._order(scores, k)
-        return [self._hit(scores[:, place], image=self.index.images[int(rows[place])]) for place in order]
+        found = [(place, int(rows[place])) for place in order]
+        return [self._hit(scores[:, place], image=self.index.images[row], row=row) for place, row in found]
 
     def _fused_texts(self, image: EncodedImages, texts: Sequence[str], k: int) -> list[Hit]:
         scores = self.scorer.scores(image, self._encode(texts))[:, 0].cpu()  # (R, K)

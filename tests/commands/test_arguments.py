@@ -51,7 +51,7 @@ def test_unknown_commands_and_help(capsys) -> None:
     assert all(f"    {name.split()[0]} " in printed for name in TREE)
 
 
-HEAVY = ("torch", "open_clip", "open_clip_train", "transformers", "timm", "numpy", "PIL", "pandas", "fsspec", "gradio")
+HEAVY = ("torch", "open_clip", "open_clip_train", "transformers", "timm", "numpy", "PIL", "pandas", "fsspec", "uvicorn")
 ONLY_ARGUMENTS = f"""
 import json, sys
 from msa_openclip.commands.main import main

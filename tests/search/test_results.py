@@ -27,7 +27,7 @@ ANSWERS = {
 
 
 def test_geojson(tmp_path: Path) -> None:
-    first, second = geojson(ANSWERS)["features"]
+    first, second = geojson(ANSWERS.items())["features"]
     assert first["geometry"] == square(12, 50)
     assert first["properties"] == {
         "query": "a river",
@@ -44,13 +44,13 @@ def test_geojson(tmp_path: Path) -> None:
     }
     assert (second["id"], second["geometry"], second["properties"]["rank"]) == ("b", None, 2)
     geopandas = pytest.importorskip("geopandas", reason="geopandas is not installed")
-    frame = geopandas.GeoDataFrame.from_features(geojson(ANSWERS))
+    frame = geopandas.GeoDataFrame.from_features(geojson(ANSWERS.items()))
     assert frame["score"].tolist() == [2.5, 1.5]
 
 
 def test_item_collection() -> None:
     pystac = pytest.importorskip("pystac", reason="pystac (extra stac) is not installed")
-    items = list(pystac.ItemCollection.from_dict(json.loads(json.dumps(item_collection(ANSWERS)))))
+    items = list(pystac.ItemCollection.from_dict(json.loads(json.dumps(item_collection(ANSWERS.items())))))
     for item in items:
         item.validate()
     assert [item.id for item in items] == ["scenes_a.tif#1,2,3,4", "b"]

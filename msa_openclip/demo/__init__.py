@@ -1,0 +1,1 @@
+"""The demo: a map and a list over an index, in a browser on this machine."""
