@@ -27,6 +27,7 @@ INSTALL_REQUIRES = [
     # Metadata of model cards. open_clip requires it without a bound; transformers 4.40 takes none below 0.19.3.
     "huggingface_hub>=0.19.3",
     "tqdm>=4.60",
+    "pyarrow>=15",  # metadata of indexes is GeoParquet; 15 is the first that writes float16 to Parquet
 ]
 
 EXTRAS = {
@@ -34,9 +35,10 @@ EXTRAS = {
     "search": ["faiss-cpu>=1.8"],  # indexes of 100,000 images and more
     "demo": ["gradio>=5", "matplotlib>=3.7"],  # the search page
     "report": ["imagehash>=4.3", "matplotlib>=3.7"],  # perceptual duplicates in `shards info`
-    "geo": ["rasterio>=1.3"],  # GeoTIFF: bands, stretch, tiles, coordinates
-    "stac": ["pystac>=1.8", "rasterio>=1.3"],  # scenes of STAC catalogues
-    "parquet": ["pyarrow>=14"],
+    "geo": ["rasterio>=1.3", "shapely>=2.0"],  # GeoTIFF: bands, stretch, tiles, coordinates; their outlines in indexes
+    "stac": ["pystac>=1.8", "rasterio>=1.3", "shapely>=2.0"],  # scenes of STAC catalogues
+    "archive": ["shapely>=2.0", "duckdb>=1.1"],  # outlines on Earth and filter expressions of indexes
+    "parquet": ["pyarrow>=15"],  # kept for who names it; pyarrow is there anyway
     "hf": ["datasets>=2.18"],  # Hugging Face data sets on disk as captions
     "s3": ["s3fs>=2024.2"],
     "ray": ["ray>=2.9"],  # builds on a cluster
