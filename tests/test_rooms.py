@@ -11,7 +11,19 @@ import pytest
 import msa_openclip
 
 PACKAGE = Path(msa_openclip.__file__).parent
-ORDER = ["pair_scores", "model", "data", "evaluation", "training", "plugin", "search", "embedding", "explain", "reports", "commands"]
+ORDER = [
+    "pair_scores",
+    "model",
+    "data",
+    "evaluation",
+    "training",
+    "plugin",
+    "search",
+    "embedding",
+    "explain",
+    "reports",
+    "commands",
+]
 """From the ground up: a room imports from itself and from those before it."""
 
 

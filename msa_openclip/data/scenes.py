@@ -127,7 +127,7 @@ def _listing(folder: str) -> list[str]:
 
 
 def _tiles(url: str, tiling: Tiling, metadata: dict[str, Any], skipped: list[Skipped]) -> Iterator[CaptionedImage]:
-    version = hashlib.sha256(version_of(url).encode()).hexdigest()  # scenes are too large to be read for a hash
+    version = scene_version(url)
     with geotiff.open_scene(url) as scene:
         windows = tiling.windows(scene.width, scene.height)
         nodata = _nodata_shares(scene, windows)
@@ -135,10 +135,20 @@ def _tiles(url: str, tiling: Tiling, metadata: dict[str, Any], skipped: list[Ski
             if share > tiling.max_nodata or share == 1:
                 skipped.append(Skipped(f"{url} {window}", f"{share:.0%} of its pixels have no data"))
                 continue
-            yield _tile(url, version, scene, window, metadata)
+            yield window_tile(url, version, scene, window, metadata)
 
 
-def _tile(url: str, version: str, scene: Any, window: Window, metadata: dict[str, Any]) -> CaptionedImage:
+def scene_version(url: str) -> str:
+    """What tells a scene from later versions of itself; scenes are too large to be read for a hash.
+
+    Raises:
+        StreamError: its store cannot be asked.
+    """
+    return hashlib.sha256(version_of(url).encode()).hexdigest()
+
+
+def window_tile(url: str, version: str, scene: Any, window: Window, metadata: dict[str, Any]) -> CaptionedImage:
+    """A window of an opened scene as an image; `metadata` joins what the raster says."""
     geo = geotiff.geo_fields(scene, window)
     place = footprint(geo["crs"], geo["bounds"]) if "crs" in geo else {}
     date = _date(scene)

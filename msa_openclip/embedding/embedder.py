@@ -16,11 +16,12 @@ from torch import Tensor
 from ..data.captioned import CaptionedImage, EvalDataError
 from ..data.pixels import image_pixels
 from ..data.streams import StreamError, is_absent
-from ..evaluation.encoder import PRECISIONS, Encoded, ImageEncoder, fastest_precision, image_scorer
+from ..evaluation.encoder import Encoded, ImageEncoder, fastest_precision, image_scorer
 from ..evaluation.loading import LoadedModel, ModelError, load
+from ..evaluation.options import ENCODER_PRECISIONS
 from ..evaluation.scorer import Scorer
 from ..search.fingerprint import fingerprint, settings
-from ..search.schema import COLUMNS, VECTORS, Product, conform, to_images, with_vectors
+from ..search.schema import COLUMNS, VECTORS, Product, conform, to_images
 from ..shards.imagery.prepare import open_image
 from ..shards.storage import store
 
@@ -69,7 +70,7 @@ class Embedder:
         threads: int | None = None,
         vectors: str = "float16",
     ) -> None:
-        for name, value, known in (("precision", precision, PRECISIONS), ("vectors", vectors, VECTOR_TYPES)):
+        for name, value, known in (("precision", precision, ENCODER_PRECISIONS), ("vectors", vectors, VECTOR_TYPES)):
             if value not in known:
                 raise ValueError(f"{name}: {value!r} is unknown; choose one of {', '.join(known)}.")
         if threads is not None:
@@ -145,7 +146,8 @@ class Embedder:
         """The table with a row of vectors, or nulls and the reason, for each of its rows."""
         widths = (self.product.embed_dim, *(self.product.match_shape or ()))
         kept = [problem is None for problem in encoded.problems]
-        place = pa.array([number if keep else None for number, keep in zip(np.cumsum(kept) - 1, kept, strict=True)], pa.int64())
+        places = zip(np.cumsum(kept) - 1, kept, strict=True)
+        place = pa.array([number if keep else None for number, keep in places], pa.int64())
         dtype = pa.type_for_alias(self._how["vectors"])
         shapes = ((widths[0],), widths[1:])
         for name, values, shape in zip(VECTORS, (encoded.features, encoded.projected), shapes, strict=True):
@@ -166,8 +168,8 @@ def _restored(product: Product, how: Mapping[str, Any]) -> Embedder:
     embedder = Embedder(product.model, **how)
     if embedder.product != product:
         raise ModelError(
-            f"{product.model}: here it is another model (fingerprint {embedder.product.fingerprint[:12]}) than where the "
-            f"work was handed out ({product.fingerprint[:12]}); give every machine the same files."
+            f"{product.model}: here it is another model (fingerprint {embedder.product.fingerprint[:12]}) than where "
+            f"the work was handed out ({product.fingerprint[:12]}); give every machine the same files."
         )
     return embedder
 
@@ -187,7 +189,8 @@ def _rows(batch: Any) -> tuple[pa.Table, Sequence[Any] | None]:
         batch = _table(columns)
     elif _PICTURES in batch.schema.names:
         pictures = batch.column(_PICTURES).to_pylist()
-    table = pa.table({name: batch.column(name) for name in batch.schema.names if name not in (*VECTORS, _ERROR, _PICTURES)})
+    passed = [name for name in batch.schema.names if name not in (*VECTORS, _ERROR, _PICTURES)]
+    table = pa.table({name: batch.column(name) for name in passed})
     for name in (field.name for field in COLUMNS if not field.nullable):
         if name not in table.column_names or table[name].null_count:
             raise EmbedError(f"column {name!r}: missing, or null in a row; every image needs an id and a source.")

@@ -32,8 +32,8 @@ from ..data.scenes import Skipped
 from ..search.schema import Product, to_table, write_partition
 from ..shards.storage import store
 from .embedder import Embedder, EmbedError
+from .options import PARTITION_IMAGES
 
-PARTITION_IMAGES = 4096
 _NAME = re.compile(r"(\d{6,})-([0-9a-f]{16})\.parquet")
 _log = logging.getLogger(__name__)
 
@@ -75,15 +75,16 @@ def partitions(images: Sequence[CaptionedImage], size: int = PARTITION_IMAGES) -
 
 
 def without_repeats(images: Iterable[CaptionedImage]) -> tuple[list[CaptionedImage], list[Skipped]]:
-    """The images, each place of a name once, and what was left out."""
+    """The images, each name with its content once (or its place, where content is not known), and what was left out."""
     kept: list[CaptionedImage] = []
     repeated: list[Skipped] = []
     seen = set()
     for image in images:
-        if (image.image_id, image.location) in seen:
-            repeated.append(Skipped(image.image_id, "occurs twice in the list"))
+        identity = image.image_id, image.content or image.location
+        if identity in seen:
+            repeated.append(Skipped(image.image_id, "its id occurs twice in the list"))
             continue
-        seen.add((image.image_id, image.location))
+        seen.add(identity)
         kept.append(image)
     return kept, repeated
 
@@ -99,11 +100,13 @@ def write_vectors(partition: Partition, embedder: Embedder, folder: str) -> Writ
         EmbedError: the folder holds this part of another list, or of another model.
         StreamError: a store cannot be reached.
     """
-    images = [image if image.content else replace(image, content=content_of(image.location)) for image in partition.images]
+    images = [
+        image if image.content else replace(image, content=content_of(image.location)) for image in partition.images
+    ]
     table = to_table(images)
     name = _name(partition.number, table, embedder.product)
     store.make_folder(folder)
-    _refuse_others(folder, partition, name)
+    _tidy(folder, partition, name)
     url = store.join(folder, name)
     rows = _rows_of_whole(url)
     if rows is not None:
@@ -123,14 +126,6 @@ def write_vectors(partition: Partition, embedder: Embedder, folder: str) -> Writ
     return Written(url, len(whole), tuple(map(_skipped, left_out)), new=True)
 
 
-def remove_left_over(folder: str) -> None:
-    """Remove what killed workers left half written; to be called while nobody writes."""
-    for name in store.names(folder):
-        target = store.target_of_temporary(name)
-        if target is not None and _NAME.fullmatch(target.replace(".left-out.jsonl", ".parquet")):
-            store.remove(store.join(folder, name))
-
-
 def _name(number: int, table: pa.Table, product: Product) -> str:
     digest = hashlib.sha256(json.dumps([product.fingerprint, dict(product.settings)], sort_keys=True).encode())
     for row in table.to_pylist():
@@ -142,13 +137,15 @@ def _plain(value: Any) -> str:
     return value.hex() if isinstance(value, bytes) else str(value)
 
 
-def _refuse_others(folder: str, partition: Partition, name: str) -> None:
-    """Refuse a folder in which the same part of another list lies: its images would be found there twice.
+def _tidy(folder: str, partition: Partition, name: str) -> None:
+    """Remove what a killed worker left of this partition, and refuse a folder of another list: it would be read twice.
 
     Raises:
-        EmbedError: it holds such a part.
+        EmbedError: the folder holds this part of another list.
     """
     for other in store.names(folder):
+        if store.target_of_temporary(other) in (name, _left_out_file(name)):
+            store.remove(store.join(folder, other))
         found = _NAME.fullmatch(other)
         if found and other != name and (int(found[1]) == partition.number or int(found[1]) >= partition.of):
             raise EmbedError(

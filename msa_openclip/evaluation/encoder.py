@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from ..data.captioned import EvalDataError
 from .scorer import Scorer
 
-PRECISIONS = ("auto", "fp32", "bf16")
-"""Of the image tower while an archive is encoded; auto is bf16 where the processor computes in it."""
 _TEXT_PARTS = ("text", "transformer", "token_embedding", "ln_final")  # of MSA's models, and of plain CLIP
 _BATCHES_AHEAD = 2
 

@@ -20,7 +20,7 @@ from helpers.retrieval_data import randomise, scene
 from msa_openclip.data.captioned import CaptionedImage
 from msa_openclip.data.readers import read_folder
 from msa_openclip.embedding.embedder import Embedder, EmbedError
-from msa_openclip.embedding.partitions import partitions, remove_left_over, without_repeats, write_vectors
+from msa_openclip.embedding.partitions import partitions, without_repeats, write_vectors
 from msa_openclip.search.schema import product_of, to_images
 
 COUNT, SIZE = 7, 3
@@ -110,7 +110,7 @@ def test_images_that_cannot_be_read_are_named_and_counted_every_time(
 def test_repeated_images_are_named_and_left_out_once(images: list[CaptionedImage]) -> None:
     kept, repeated = without_repeats([*images, images[2], images[2]])
     assert kept == images
-    assert repeated == [("2.png", "occurs twice in the list")] * 2
+    assert repeated == [("2.png", "its id occurs twice in the list")] * 2
 
 
 def test_wrong_sizes_are_refused(images: list[CaptionedImage]) -> None:
@@ -130,17 +130,18 @@ from msa_openclip.data.readers import read_folder
 from msa_openclip.embedding import partitions
 from msa_openclip.embedding.embedder import Embedder
 from msa_openclip.search import schema
-whole = schema.parquet
-def half(*arguments):
+from msa_openclip.shards.storage import store
+def whole(table, product):
+    return schema.parquet(table.take(schema.hilbert_order(table)), product)
+def half(url, *arguments):
     if any(__import__("pathlib").Path(sys.argv[1]).glob("*.parquet")):
-        from msa_openclip.shards.storage import store
-        with store.atomic_write(sys.argv[1] + "/000001-0123456789abcdef.parquet") as file:
+        with store.atomic_write(url) as file:
             file.write(whole(*arguments)[:700])
             file.flush()
             print("half", flush=True)
             time.sleep(60)
-    return whole(*arguments)
-schema.parquet = half
+    store.write_bytes(url, whole(*arguments))
+partitions.write_partition = half
 embedder = Embedder({spec!r}, precision="fp32")
 for part in partitions.partitions(read_folder({str(tmp_path / "tiles")!r}), {SIZE}):
     partitions.write_vectors(part, embedder, sys.argv[1])
@@ -157,7 +158,6 @@ for part in partitions.partitions(read_folder({str(tmp_path / "tiles")!r}), {SIZ
     stamp = next(parts.glob("*.parquet")).stat().st_mtime_ns
     time.sleep(0.01)
     assert [part.new for part in write_all(images, spec, parts)] == [False, True, True]
-    remove_left_over(str(parts))
     assert next(iter(sorted(parts.iterdir()))).stat().st_mtime_ns == stamp
     write_all(images, spec, tmp_path / "undisturbed")
     assert contents(parts) == contents(tmp_path / "undisturbed")
