@@ -14,6 +14,7 @@ from ..shards.imagery import geotiff
 from ..shards.imagery import prepare as shard_images
 from ..shards.options import ImageOptions
 from .captioned import CaptionedImage, EvalDataError
+from .steady_scenes import steady_scene
 from .streams import read_location
 
 Preprocess = Callable[[Image.Image], Tensor]
@@ -28,7 +29,7 @@ def load_image(image: CaptionedImage) -> Image.Image:
     """
     try:
         if image.location.window:
-            return geotiff.read_pixels(image.location, ImageOptions(geo=True))[0].convert("RGB")
+            return geotiff.read_pixels(image.location, ImageOptions(geo=True), steady_scene)[0].convert("RGB")
         ready = shard_images.prepare(read_location(image.location), ImageOptions())
         return Image.open(io.BytesIO(ready.data)).convert("RGB")
     except Exception as error:  # Pillow raises nearly everything for one broken file or another

@@ -24,6 +24,7 @@ from ..shards.records import ImageProblem, Location
 from ..shards.storage import store
 from .captioned import CaptionedImage, EvalDataError
 from .footprints import footprint
+from .steady_scenes import steady_scene
 from .streams import StreamError, retrying, version_of
 
 SCENE_EXTENSIONS = (".tif", ".tiff")
@@ -128,7 +129,7 @@ def _listing(folder: str) -> list[str]:
 
 def _tiles(url: str, tiling: Tiling, metadata: dict[str, Any], skipped: list[Skipped]) -> Iterator[CaptionedImage]:
     version = scene_version(url)
-    with geotiff.open_scene(url) as scene:
+    with steady_scene(url) as scene:
         windows = tiling.windows(scene.width, scene.height)
         nodata = _nodata_shares(scene, windows)
         for window, share in zip(windows, nodata, strict=True):

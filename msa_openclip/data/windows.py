@@ -20,11 +20,11 @@ from dataclasses import replace
 from datetime import date, datetime
 from typing import Any
 
-from ..shards.imagery import geotiff
 from ..shards.records import ImageProblem
 from ..shards.storage import store
 from .captioned import CaptionedImage, EvalDataError
 from .scenes import Skipped, Window, scene_version, window_tile
+from .steady_scenes import steady_scene
 from .streams import StreamError, read_if_there
 
 LIST_EXTENSIONS = (".parquet", ".geoparquet", ".csv")
@@ -67,7 +67,7 @@ def read_windows(path: str) -> tuple[list[CaptionedImage], list[Skipped]]:
 
 def _tiles(url: str, rows: list[Mapping[str, Any]], skipped: list[Skipped]) -> Iterator[CaptionedImage]:
     version = scene_version(url)
-    with geotiff.open_scene(url) as scene:
+    with steady_scene(url) as scene:
         for row in rows:
             window = _window(scene, row)
             if isinstance(window, str):

@@ -94,7 +94,7 @@ def _on_ray(parts: Sequence[Partition], embedder: Embedder, folder: str, workers
         ray.init(log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = [{"part": pickle.dumps(part)} for part in parts]
-    tasks = ray.data.from_items(rows, override_num_blocks=len(rows))
+    tasks: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
     results = tasks.map(_WriterOnRay, fn_constructor_args=(embedder, folder), concurrency=workers, num_cpus=1)
     for row in results.iter_rows():
         yield pickle.loads(row["written"])

@@ -42,8 +42,9 @@ def fastest_precision(device: torch.device) -> str:
     """`bf16` where the hardware computes in it (AVX512-BF16, AMX, CUDA from compute capability 8), else `fp32`."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    has_bf16 = device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if has_bf16 else "fp32"
+    cpu: Any = torch.cpu
+    has_bf16 = getattr(cpu, "_is_avx512_bf16_supported", cpu._is_amx_tile_supported)  # torch 2.5 tells of AMX alone
+    return "bf16" if device.type == "cpu" and has_bf16() else "fp32"
 
 
 def image_scorer(scorer: Scorer, precision: str) -> Scorer:
