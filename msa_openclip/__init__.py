@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .config import MSACfg
     from .data.captioned import CaptionedImage
     from .data.readers import read_captions, read_class_folder, read_folder, read_shards
+    from .embedding.embedder import Embedder
     from .evaluation.eval_set import EvalSet
     from .evaluation.evaluate import evaluate
     from .evaluation.loading import load
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "CaptionedImage": "data.captioned",
+    "Embedder": "embedding.embedder",
     "EvalOptions": "evaluation.options",
     "EvalSet": "evaluation.eval_set",
     "ImageIndex": "search.index",
@@ -62,6 +64,7 @@ _PUBLIC = {
 __all__ = [
     "MSACLIP",
     "CaptionedImage",
+    "Embedder",
     "EvalOptions",
     "EvalSet",
     "ImageIndex",

@@ -19,6 +19,7 @@ ORDER = [
     "training",
     "plugin",
     "search",
+    "embedding",
     "explain",
     "demo",
     "reports",

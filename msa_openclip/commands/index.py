@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ..search.options import SEGMENT_IMAGES
 from ..shards.arguments import Commands, add_command, add_number, add_progress
 from ..shards.exit_codes import UsageError
 from ..shards.output import printable
-from .options import MODEL, add_batches, add_loading, add_nearest, share
-
-if TYPE_CHECKING:
-    from ..data.captioned import CaptionedImage
-
-_NAMED = 5
-"""Scenes and tiles that cannot be used are named up to so many, and counted beyond."""
+from .options import MODEL, add_batches, add_loading, add_nearest
+from .sources import add_sources, read_sources
 
 
 def add(commands: Commands) -> None:
@@ -46,18 +39,7 @@ def add(commands: Commands) -> None:
     command.add_argument("index", metavar="INDEX", help="folder of the index")
     text = "folder to export to, files to import, or the new index of `convert`"
     command.add_argument("others", metavar="PATH", nargs="*", help=text)
-    sources = command.add_mutually_exclusive_group()
-    sources.add_argument("--shards", metavar="PATTERN", help="WebDataset shards, e.g. 'data/train-{000..063}.tar'")
-    sources.add_argument("--folder", metavar="FOLDER", help="folder of images, also TIFF")
-    sources.add_argument(
-        "--scenes",
-        metavar="PATTERN",
-        help="GeoTIFF or COG scenes, cut into tiles on the fly: file, folder or pattern",
-    )
-    sources.add_argument(
-        "--stac", metavar="HREF", help="STAC catalogue, collection or item; its scenes are cut likewise"
-    )
-    _add_tiling(command)
+    add_sources(command)
     add_nearest(command)
     group = command.add_argument_group("running")
     add_loading(group)
@@ -72,8 +54,7 @@ def run(parsed: argparse.Namespace) -> int:
         return _WITHOUT_MODEL[parsed.model](parsed.index, parsed.others)
     if parsed.others:
         raise UsageError(f"{parsed.others[0]!r}: only {', '.join(_WITHOUT_MODEL)} take more than MODEL and INDEX")
-    if not (parsed.shards or parsed.folder or parsed.scenes or parsed.stac):
-        raise UsageError("one of the arguments --shards --folder --scenes --stac is required")
+    images = read_sources(parsed)
 
     from ..distributed import Peers
     from ..search.build import build_index
@@ -81,7 +62,6 @@ def run(parsed: argparse.Namespace) -> int:
     from ..search.nearest import nearest
     from .inputs import load_model
 
-    images = _images(parsed)
     model = load_model(parsed.model, parsed)
     peers = Peers(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     start = time.perf_counter()
@@ -101,45 +81,6 @@ def run(parsed: argparse.Namespace) -> int:
         nearest(index, parsed.nearest)
         print(f"{parsed.index}: {len(index)} images, {new} of them new, {new / max(seconds, 1e-9):.1f} images/s")
     return 0
-
-
-def _add_tiling(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("tiles of --scenes and --stac")
-    add_number(group, "--tile-px", "side of a tile", default=256)
-    add_number(group, "--overlap-px", "by how much neighbours overlap at least", default=0, least=0)
-    group.add_argument(
-        "--max-nodata",
-        type=share,
-        default=0.5,
-        metavar="SHARE",
-        help="leave out tiles with a larger share of pixels without data (default: %(default)s)",
-    )
-    group.add_argument("--asset", metavar="KEY", help="asset of STAC items (default: a GeoTIFF, `visual` first)")
-
-
-def _images(parsed: argparse.Namespace) -> list[CaptionedImage]:
-    """What is to be indexed; tiles that cannot be used are counted, the first of them named."""
-    from ..data.readers import read_folder, read_shards
-
-    if parsed.shards:
-        return read_shards(parsed.shards)
-    if parsed.folder:
-        return read_folder(parsed.folder)
-
-    from ..data.scenes import Tiling, read_scenes
-    from ..data.stac import read_stac
-
-    tiling = Tiling(tile_px=parsed.tile_px, overlap_px=parsed.overlap_px, max_nodata=parsed.max_nodata)
-    tiles, skipped = (
-        read_scenes([parsed.scenes], tiling)
-        if parsed.scenes
-        else read_stac(parsed.stac, asset=parsed.asset, tiling=tiling)
-    )
-    for row in skipped[:_NAMED]:
-        print(printable(f"left out: {row.file}: {row.reason}"), file=sys.stderr)
-    if len(skipped) > _NAMED:
-        print(f"left out: {len(skipped) - _NAMED} more scenes or tiles", file=sys.stderr)
-    return tiles
 
 
 def _verify(folder: str, others: Sequence[str]) -> int:

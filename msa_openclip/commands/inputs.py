@@ -71,12 +71,21 @@ def load_model(spec: str, parsed: argparse.Namespace, **how: Any) -> LoadedModel
     Raises:
         ModelError: this machine has no such device, or the model cannot be loaded.
     """
-    devices = _devices()
-    name = parsed.device if ":" in parsed.device or parsed.device == "cpu" else f"{parsed.device}:0"
-    if name not in devices:
-        raise ModelError(f"--device {parsed.device}: this machine has {', '.join(devices)} only.")
+    require_device(parsed.device)
     precision = getattr(parsed, "precision", "fp32")
     return load(spec, parsed.device, precision, trust_remote_code=parsed.trust_remote_code, **how)
+
+
+def require_device(device: str) -> None:
+    """Refuse what --device names and this machine lacks.
+
+    Raises:
+        ModelError: it does.
+    """
+    devices = _devices()
+    name = device if ":" in device or device == "cpu" else f"{device}:0"
+    if name not in devices:
+        raise ModelError(f"--device {device}: this machine has {', '.join(devices)} only.")
 
 
 def _devices() -> list[str]:

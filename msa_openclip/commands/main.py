@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from .. import __version__
 from ..shards import command_line
 from ..shards.exit_codes import run_command
-from . import best, card, classify, convert, demo, eval, explain, features, index, search
+from . import best, card, classify, convert, demo, embed, eval, explain, features, index, search
 
-COMMANDS = (features, eval, classify, best, card, index, search, explain, demo, convert)
+COMMANDS = (features, eval, classify, best, card, embed, index, search, explain, demo, convert)
 """Modules of the subcommands, in the order of the help; `shards` comes last, with subcommands of its own."""
 
 

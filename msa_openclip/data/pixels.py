@@ -17,6 +17,7 @@ from ..shards.imagery import prepare as shard_images
 from ..shards.options import ImageOptions
 from ..shards.records import Location
 from .captioned import CaptionedImage, EvalDataError
+from .steady_scenes import steady_scene
 from .streams import read_location
 
 Preprocess = Callable[[Image.Image], Tensor]
@@ -44,7 +45,7 @@ def load_dates(image: CaptionedImage) -> list[Image.Image]:
 def _load(image: CaptionedImage, place: Location) -> Image.Image:
     try:
         if place.window:
-            return geotiff.read_pixels(place, ImageOptions(geo=True))[0].convert("RGB")
+            return geotiff.read_pixels(place, ImageOptions(geo=True), steady_scene)[0].convert("RGB")
         return decode(read_location(place))
     except Exception as error:  # Pillow raises nearly everything for one broken file or another
         raise EvalDataError(f"{place.url}: image {image.image_id} cannot be read: {error}") from error

@@ -24,6 +24,7 @@ from ..shards.records import ImageProblem, Location
 from ..shards.storage import store
 from .captioned import CaptionedImage, EvalDataError
 from .footprints import footprint
+from .steady_scenes import steady_scene
 from .streams import StreamError, retrying, version_of
 
 SCENE_EXTENSIONS = (".tif", ".tiff")
@@ -127,18 +128,28 @@ def _listing(folder: str) -> list[str]:
 
 
 def _tiles(url: str, tiling: Tiling, metadata: dict[str, Any], skipped: list[Skipped]) -> Iterator[CaptionedImage]:
-    version = hashlib.sha256(version_of(url).encode()).hexdigest()  # scenes are too large to be read for a hash
-    with geotiff.open_scene(url) as scene:
+    version = scene_version(url)
+    with steady_scene(url) as scene:
         windows = tiling.windows(scene.width, scene.height)
         nodata = _nodata_shares(scene, windows)
         for window, share in zip(windows, nodata, strict=True):
             if share > tiling.max_nodata or share == 1:
                 skipped.append(Skipped(f"{url} {window}", f"{share:.0%} of its pixels have no data"))
                 continue
-            yield _tile(url, version, scene, window, metadata)
+            yield window_tile(url, version, scene, window, metadata)
 
 
-def _tile(url: str, version: str, scene: Any, window: Window, metadata: dict[str, Any]) -> CaptionedImage:
+def scene_version(url: str) -> str:
+    """What tells a scene from later versions of itself; scenes are too large to be read for a hash.
+
+    Raises:
+        StreamError: its store cannot be asked.
+    """
+    return hashlib.sha256(version_of(url).encode()).hexdigest()
+
+
+def window_tile(url: str, version: str, scene: Any, window: Window, metadata: dict[str, Any]) -> CaptionedImage:
+    """A window of an opened scene as an image; `metadata` joins what the raster says."""
     geo = geotiff.geo_fields(scene, window)
     place = footprint(geo["crs"], geo["bounds"]) if "crs" in geo else {}
     date = _date(scene)

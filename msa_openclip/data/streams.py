@@ -41,6 +41,11 @@ class StreamError(OSError):
     """A file cannot be read; the message names its URL and what to do."""
 
 
+def is_absent(error: StreamError) -> bool:
+    """Whether the place itself is at fault: nothing is there.  Everything else may be the store, and pass."""
+    return isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError))
+
+
 def open_shard(url: str, *, fill_cache: bool = True) -> IO[bytes]:
     """Open a shard for reading forwards; local files can seek, too.
 

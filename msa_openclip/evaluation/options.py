@@ -13,6 +13,8 @@ RERANKINGS = {
     "qb-norm-bank": "qb-norm (training queries)",
 }
 """Ways to re-rank, and what rankings are called by them; those that need all test queries at once say so."""
+ENCODER_PRECISIONS = ("auto", "fp32", "bf16")
+"""Of the image tower while an archive is encoded; auto is bf16 where the processor computes in it."""
 TEMPLATES = ("a satellite photo of {}.", "an aerial image of {}.", "an overhead view of {}.")
 """Captions of a scene class in zero-shot classification; {} is its name."""
 

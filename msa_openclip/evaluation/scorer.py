@@ -154,7 +154,8 @@ class Scorer:
             if not self.has_match:
                 return _normalised(self.model.encode_image(pixels), "images"), None
             feature, pooled = self.model.pooled_scales(pixels)
-            return _finite(feature, "images"), self.model.mscmat.project_image(pooled).float()
+            # Again in float32: of a length of 1, bfloat16 keeps two digits.
+            return _normalised(feature, "images"), self.model.mscmat.project_image(pooled).float()
 
     def locked_images(self, pixels: Tensor) -> list[Tensor]:
         """What the locked image tower puts out of images (I, 3, h, w): feature (I, P), S pooled vectors (I, C_s)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -68,38 +68,12 @@ def prepare(place: Location, options: ImageOptions) -> tuple[EncodedImage, dict[
     return encode(image, "TIFF", options), geo
 
 
-def read_pixels(place: Location, options: ImageOptions) -> tuple[Image.Image, dict[str, Any]]:
-    """Read a scene or a tile of it as 8-bit bands; returns the image and its geo fields.
-
-    Raises:
-        ImageProblem: unreadable, nothing but nodata, an absent band, or more than `max_pixels`.
-    """
-    from rasterio.windows import Window
-
-    with open_scene(place.url) as scene:
-        left, top, width, height = place.window or (0, 0, scene.width, scene.height)
-        if width * height > options.max_pixels:
-            raise ImageProblem(f"{width} x {height} pixels exceed max_pixels {options.max_pixels}; cut it: --tile-px")
-        bands = _bands(scene, options.bands)
-        window = Window(left, top, width, height)
-        try:
-            values = scene.read(bands, window=window)
-            valid = np.logical_and.reduce((scene.read_masks(bands, window=window) > 0) & is_measured(values))
-        except Exception as error:  # rasterio raises GDAL's errors under several types
-            raise ImageProblem(f"cannot be decoded: {error}") from error
-        if not valid.any():
-            raise ImageProblem("every pixel is nodata")
-        if values.dtype != np.uint8:
-            values = _stretched(values, _limits(place.url, bands, options.percentiles))
-        values = np.where(valid, values, 0).astype(np.uint8)
-        pixels = values[0] if len(bands) == 1 else np.moveaxis(values, 0, -1)
-        geo = geo_fields(scene, place.window, bands)
-    return Image.fromarray(np.ascontiguousarray(pixels)), geo
-
-
-def open_scene(url: str) -> Any:
+def open_scene(url: str, steady: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda opener: opener) -> Any:
     """A raster opened through rasterio, local or by any fsspec URL.
 
+    Args:
+        url: of the raster.
+        steady: may wrap what opens remote files, to try again where a store fails.
     Raises:
         ImageProblem: rasterio cannot open it.
         ShardError: rasterio is not installed.
@@ -113,9 +87,44 @@ def open_scene(url: str) -> Any:
             store.open_regular(store.local_path(url)).close()  # GDAL would wait for a pipe
             return rasterio.open(store.local_path(url))
         fs, path = store.filesystem(url)
-        return rasterio.open(path, opener=fs.open)
+        return rasterio.open(path, opener=steady(fs.open))
     except (rasterio.errors.RasterioIOError, OSError, store.NotReadable) as error:
         raise ImageProblem(f"rasterio cannot open it: {error}") from error
+
+
+def read_pixels(
+    place: Location, options: ImageOptions, opened: Callable[[str], Any] = open_scene
+) -> tuple[Image.Image, dict[str, Any]]:
+    """Read a scene or a tile of it as 8-bit bands; returns the image and its geo fields.
+
+    Args:
+        place: of the image.
+        options: its bands, bit depth and largest size.
+        opened: a context manager of the raster of a URL.
+    Raises:
+        ImageProblem: unreadable, nothing but nodata, an absent band, or more than `max_pixels`.
+    """
+    from rasterio.windows import Window
+
+    with opened(place.url) as scene:
+        left, top, width, height = place.window or (0, 0, scene.width, scene.height)
+        if width * height > options.max_pixels:
+            raise ImageProblem(f"{width} x {height} pixels exceed max_pixels {options.max_pixels}; cut it: --tile-px")
+        bands = _bands(scene, options.bands)
+        window = Window(left, top, width, height)
+        try:
+            values = scene.read(bands, window=window)
+            valid = np.logical_and.reduce((scene.read_masks(bands, window=window) > 0) & is_measured(values))
+        except Exception as error:  # rasterio raises GDAL's errors under several types
+            raise ImageProblem(f"cannot be decoded: {error}") from error
+        if not valid.any():
+            raise ImageProblem("every pixel is nodata")
+        if values.dtype != np.uint8:
+            values = _stretched(values, _limits(place.url, bands, options.percentiles, opened))
+        values = np.where(valid, values, 0).astype(np.uint8)
+        pixels = values[0] if len(bands) == 1 else np.moveaxis(values, 0, -1)
+        geo = geo_fields(scene, place.window, bands)
+    return Image.fromarray(np.ascontiguousarray(pixels)), geo
 
 
 def _starts(length: int, side: int) -> list[int]:
@@ -145,17 +154,24 @@ def _bands(scene: Any, asked: tuple[str, ...]) -> list[int]:
 
 
 @lru_cache(maxsize=64)
-def _limits_of(url: str, bands: tuple[int, ...], low: float, high: float) -> NDArray[np.float64]:
-    with open_scene(url) as scene:
+def _limits_of(
+    url: str, bands: tuple[int, ...], low: float, high: float, opened: Callable[[str], Any]
+) -> NDArray[np.float64]:
+    with opened(url) as scene:
         shape = (len(bands), min(scene.height, _SAMPLED_PX), min(scene.width, _SAMPLED_PX))
-        values = scene.read(bands, out_shape=shape, masked=True)
+        try:
+            values = scene.read(bands, out_shape=shape, masked=True)
+        except Exception as error:  # as above
+            raise ImageProblem(f"cannot be decoded: {error}") from error
     known = [band.compressed()[is_measured(band.compressed())] for band in values]
     return np.array([np.percentile(band, (low, high)) if band.size else (0, 1) for band in known])
 
 
-def _limits(url: str, bands: list[int], percentiles: tuple[float, float]) -> NDArray[np.float64]:
+def _limits(
+    url: str, bands: list[int], percentiles: tuple[float, float], opened: Callable[[str], Any]
+) -> NDArray[np.float64]:
     """What becomes black and white, per band and of the whole scene, so that its tiles look alike: (bands, 2)."""
-    return _limits_of(url, tuple(bands), *percentiles)
+    return _limits_of(url, tuple(bands), *percentiles, opened)
 
 
 def _stretched(values: NDArray[Any], limits: NDArray[np.float64]) -> NDArray[np.float64]:

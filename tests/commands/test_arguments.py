@@ -23,7 +23,7 @@ from msa_openclip.shards.exit_codes import UsageError, run_command
 ROOT = Path(__file__).parents[2]
 SHARDS = ("build", "reshard", "verify", "info", "synthesize", "clip-benchmark")
 TREE = [
-    *("features", "eval", "classify", "best", "card", "index", "search", "explain", "demo", "convert"),
+    *("features", "eval", "classify", "best", "card", "embed", "index", "search", "explain", "demo", "convert"),
     *(f"shards {name}" for name in SHARDS),
 ]
 EVAL = ["eval", "ViT-B-32=openai", "--shards", "x.tar"]
@@ -75,7 +75,7 @@ WRONG = [
     (["classify", "m=w", "--folder", "f", "--templates", "a"], "template 'a' has no {} to put the class name in"),
     (["best", "run"], "one of the arguments --shards --captions is required"),
     (["card", "run"], "the following arguments are required: --eval"),
-    (["index", "m=w", "i"], "one of the arguments --shards --folder --scenes --stac is required"),
+    (["index", "m=w", "i"], "one of the arguments --shards --folder --scenes --stac --windows is required"),
     (["index", "m=w", "i", "--folder", "f", "--segment-images", "-5"], "'-5' is not a whole number of at least 1"),
     (["search", "i"], "give either texts, or images with --like or --describe"),
     (["search", "i", "text", "--like", "x.jpg"], "give either texts, or images"),

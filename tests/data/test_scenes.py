@@ -203,7 +203,7 @@ class Flaky(http.server.SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.asked[self.path] = self.asked.get(self.path, 0) + 1
-        if self.path.endswith(".json") and self.asked[self.path] < 3:
+        if self.path.endswith((".json", ".tif")) and self.asked[self.path] < 3:
             self.send_error(503)
         else:
             super().do_GET()

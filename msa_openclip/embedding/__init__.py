@@ -1,0 +1,1 @@
+"""Archives into vectors: any batch of images, and lists of them partition by partition, under any engine."""
