@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .architecture import architecture
 from .towers import LearnedPool
-from .weights import digest
+from .weights import current_weights, digest
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -175,7 +175,7 @@ def _locked_weights(model: Any) -> dict[str, Tensor]:
     weights = {
         f"{name}.{key}": value
         for name in ("visual", "text")
-        for key, value in locked_part(getattr(model, name)).state_dict().items()
+        for key, value in current_weights(locked_part(getattr(model, name))).items()
     }
     return {key: value for key, value in weights.items() if not key.endswith("num_batches_tracked")}
 

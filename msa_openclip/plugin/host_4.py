@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -57,6 +57,8 @@ class OpenClip4:
             _refuse_ragged_accumulation(args)
             task = original(args, model, *positional, **named)
             task.loss = loss
+            if cfg.dates > 1:
+                task.create_dummy_batch = _of_dates(task.create_dummy_batch, cfg.dates)
             if getattr(args, "fsdp", False):
                 self._skeletons[task] = _without_weights(unwrapped(model))
             return task
@@ -78,7 +80,7 @@ class OpenClip4:
     def batches(self, args: Any, tokenizer: Any) -> Batches:
         """Dicts, of dicts and tensors alone, which the host moves to the device; texts are cut to the longest one of
         the batch where the text tower takes it so."""
-        from ..model.labelled import to_dicts
+        from ..model.labelled import LabelledTexts, to_dicts
 
         def batch(images: Any, texts: Any) -> dict[str, Any]:
             images, texts = to_dicts(images, texts)
@@ -92,10 +94,12 @@ class OpenClip4:
         limits = {"text_pad_multiple": args.text_pad_multiple, "text_pad_cap": tokenizer.context_length}
 
         def cut_batch(images: Any, texts: Any) -> dict[str, Any]:
-            if not isinstance(texts, Tensor):  # cached ones are of one length
+            labelled = isinstance(texts, LabelledTexts)
+            ids = texts.texts if labelled else texts
+            if not isinstance(ids, Tensor):  # cached ones are of one length
                 return batch(images, texts)
-            rows = [{"text": row[row != pad]} for row in texts]
-            return {"image": images, **collate_variable_text_dicts(rows, pad_id=pad, **limits)}
+            cut = collate_variable_text_dicts([{"text": row[row != pad]} for row in ids], pad_id=pad, **limits)
+            return {**cut, **batch(images, LabelledTexts(cut["text"], texts.classes) if labelled else cut["text"])}
 
         return cut_batch
 
@@ -141,6 +145,17 @@ def _refuse_ragged_accumulation(args: Any) -> None:
             "(text_cfg.variable_text), and open_clip joins the micro-batches' tensors, which must be of one length. "
             "Leave out --accum-freq, or set variable_text to false."
         )
+
+
+def _of_dates(create_dummy_batch: Callable[..., dict[str, Any]], dates: int) -> Callable[..., dict[str, Any]]:
+    """What ranks run on in validation while the first one has a batch of its own (--fsdp), as samples of some dates."""
+
+    @functools.wraps(create_dummy_batch)
+    def samples(*args: Any, **named: Any) -> dict[str, Any]:
+        batch = create_dummy_batch(*args, **named)
+        return {**batch, "image": torch.stack([batch["image"]] * dates, dim=1)}
+
+    return samples
 
 
 def _without_weights(model: nn.Module) -> nn.Module:

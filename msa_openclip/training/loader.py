@@ -209,11 +209,6 @@ def get_wds_dataset(
     resampled = bool(is_train and getattr(args, "dataset_resampled", False))
     if is_train and args.train_data_upsampling_factors is not None and not resampled:
         raise ShardDataError("--train-data-upsampling-factors weighs shards drawn by --dataset-resampled; give both.")
-    if classes and getattr(args, "variable_text", False):
-        raise ShardDataError(
-            "--variable-text knows texts without classes only; leave it out, or set "
-            "msa_cfg.loss.same_class_weight to 1."
-        )
     features = feature_rows(urls, args, tokenizer)
     if features and not is_train:
         raise ShardDataError(f"{pattern}: features serve training; give --val-data the shards of images to rank.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +27,15 @@ def loss_of(args: Any) -> Any:
     if HAS_TASKS:
         return open_clip.create_task(args, open_clip.create_model(args.model)).loss
     return open_clip.create_loss(args)
+
+
+def traits() -> dict[str, Any]:
+    """What the host's own pipeline has to be told of a plain CLIP model, from 4.2.1 on."""
+    from open_clip_train.data import get_wds_dataset
+
+    if "model_traits" not in inspect.signature(get_wds_dataset).parameters:
+        return {}
+    return {"model_traits": importlib.import_module("open_clip.model_traits").CLIP_TRAITS}
 
 
 def trained(model: nn.Module) -> Any:

@@ -22,6 +22,7 @@ from msa_openclip.model.cached import CachedImages, CachedTexts, Source
 from msa_openclip.model.labelled import LabelledTexts, from_dicts
 from msa_openclip.plugin.host import has, note_lacking, takes, uses
 from msa_openclip.plugin.installed import installed
+from msa_openclip.plugin.trainer import extend_train_data
 from msa_openclip.training.shares import ShardDataError
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -127,6 +128,17 @@ def test_averaged_weights_are_evaluated() -> None:
 
 
 @only_4
+def test_ranks_without_data_of_their_own_evaluate_samples_of_all_dates(tmp_path: Path) -> None:
+    """With --fsdp; a rank that fails there leaves the first one waiting for it."""
+    tiny.write_config(tmp_path, "MSA-tiny-three", tiny.config(msa={"dates": 3}))
+    open_clip.add_model_config(tmp_path)
+    task, _ = task_of("MSA-tiny-three")
+    batch = task.create_dummy_batch(batch_size=2)
+    assert batch["image"].shape == (2, 3, 3, 32, 32)
+    assert task.eval()(batch)["image_features"].shape == (2, tiny.EMBED_DIM)
+
+
+@only_4
 def test_the_second_trainer_is_refused() -> None:
     legacy = importlib.import_module("open_clip_train.legacy_train")
     with pytest.raises(RuntimeError, match=r"legacy_main does not train MSA models; use open_clip_train\.main"):
@@ -185,6 +197,10 @@ def test_texts_are_cut_to_the_longest_of_a_batch() -> None:
     batch = installed().batches(args, Tokens())(torch.zeros(2, 3, 4, 4), texts)
     assert batch["text"].tolist() == [[1, 2, 3, 99], [1, 99, 99, 99]]
     assert torch.equal(batch["text_valid"], batch["text"] != 99)
+    labelled = LabelledTexts(texts, torch.tensor([4, 5]))
+    batch = installed().batches(args, Tokens())(torch.zeros(2, 3, 4, 4), labelled)
+    assert batch["text"]["texts"].tolist() == [[1, 2, 3, 99], [1, 99, 99, 99]]
+    assert batch["text"]["classes"].tolist() == [4, 5]
 
 
 @only_4
@@ -220,6 +236,33 @@ def test_the_hosts_pipeline_is_not_given_several_captions_for_one(tmp_path: Path
         ShardDataError, match=r"the first has 5\), and with --image-key open_clip reads the shards itself"
     ):
         get_wds_dataset(args, stream_data.image_number, is_train=True, tokenizer=stream_data.caption_numbers)
+
+
+@only_4
+def test_what_4_2_1_also_gives_to_its_pipeline_is_passed_on(tmp_path: Path) -> None:
+    """Facts about the model (`model_traits`), without which its own loaders refuse to read; ours reads without."""
+
+    def get_wds_dataset(  # type: ignore[no-untyped-def]
+        args, preprocess_img, is_train, epoch=0, floor=False, tokenizer=None, naflex_data_config=None, model_traits=None
+    ):
+        return model_traits, naflex_data_config
+
+    data = ModuleType("open_clip_train.data")
+    vars(data).update(vars(importlib.import_module("open_clip_train.data")), get_wds_dataset=get_wds_dataset)
+    extend_train_data(data)
+    config, traits = SimpleNamespace(), SimpleNamespace()
+    of_pairs = stream_data.arguments(stream_data.write_shards(tmp_path, [8], captions=1))
+    of_pairs.val_data = None
+
+    def read(config: Any, **changes: Any) -> Any:
+        args = Namespace(**{**vars(of_pairs), **changes})
+        named = {"tokenizer": stream_data.caption_numbers, "naflex_data_config": config, "model_traits": traits}
+        return data.get_wds_dataset(args, stream_data.image_number, is_train=True, epoch=0, **named)
+
+    assert read(None, model="ViT-B-32") == (traits, None)
+    assert read(config) == (traits, config)
+    assert read(None, image_key="png") == (traits, None)
+    assert next(iter(read(None).dataloader))["image"].shape == (4, 1)
 
 
 @only_4

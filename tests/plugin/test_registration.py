@@ -265,10 +265,19 @@ for name in ("stock-clip", "stock-custom", "stock-coca", "stock-bias", "stock-qu
 print(open_clip.factory.CustomTextCLIP is open_clip.CustomTextCLIP, open_clip.CustomTextCLIP.__module__)
 flags = dict(local_loss=False, gather_with_grad=False, rank=0, world_size=1, horovod=False, distill=False, siglip=False)
 flags |= dict(coca_caption_loss_weight=2.0, coca_contrastive_loss_weight=1.0, loss_dist_impl=None)
+def loss_of(args):
+    if not hasattr(open_clip, "create_task"):
+        return open_clip.create_loss(args)
+    model = open_clip.create_model(args.model)
+    return open_clip.create_task(args, model, dist_model=model).loss
+
 for name in ("stock-clip", "stock-coca", "no-such-model"):
     for changes in ({}, {"siglip": True}, {"distill": True}):
-        loss = open_clip.create_loss(Namespace(model=name, **{**flags, **changes}))
-        print(name, changes, type(loss), sorted(vars(loss).items(), key=str))
+        try:
+            loss = loss_of(Namespace(model=name, **{**flags, **changes}))
+            print(name, changes, type(loss), sorted(vars(loss).items(), key=str))
+        except Exception as error:
+            print(name, changes, type(error), str(error).split("Available")[0])
 for wrong in ("no-such-model", "local-dir:", "local-dir:nowhere", "hf-hub:"):
     try:
         open_clip.create_model(wrong)

@@ -14,7 +14,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import webdataset
-from helpers.host import images_and_texts
+from helpers.host import images_and_texts, traits
 from helpers.shards_data import karpathy, picture_bytes, real_data, shard_bytes, tar_members
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -225,7 +225,7 @@ def test_unmodified_open_clip_reads_every_sample(tmp_path: Path, layout: str, ca
     for is_train, split in ((True, "train"), (False, "val")):
         seen.clear()
         with caplog.at_level(logging.WARNING):
-            data = get_wds_dataset(args, pil_to_tensor, is_train, tokenizer=tokenizer)
+            data = get_wds_dataset(args, pil_to_tensor, is_train, tokenizer=tokenizer, **traits())
             images = sum(len(images_and_texts(batch)[0]) for batch in data.dataloader)
         samples = summary.splits[split]["samples"]
         texts = {f"picture {n} says {i} ." for n in (range(16) if is_train else range(16, 21)) for i in range(5)}

@@ -7,19 +7,23 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import tiny
-from helpers.host import LOCKS_PROJECTIONS
+from helpers.host import HAS_TASKS, LOCKS_PROJECTIONS
+from packaging.version import parse as parse_version
 from safetensors.torch import load
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from msa_openclip.commands.main import main as cli
 from msa_openclip.evaluation.loading import load as load_model
 from msa_openclip.model.cached import CachedImages, CachedTexts, FeatureError, Source, check_towers, describe_towers
+from msa_openclip.model.labelled import to_dicts
 from msa_openclip.shards.command_line import main as shards
 from msa_openclip.shards.storage.locking import BeingWritten, one_writer
 from msa_openclip.shards.storage.tars import read_member, samples
@@ -165,15 +169,28 @@ def test_options_of_open_clip(train, cached, plain, arguments) -> None:  # type:
     assert run.losses[-1] < run.losses[0]
 
 
-def test_two_ranks(train, scenes, cached) -> None:  # type: ignore[no-untyped-def]
-    options = ("--batch-size", "5", "--local-loss", "--gather-with-grad")
-    runs = [
-        train("features-ViT", data, *options, ranks=2)
-        for data in (scenes, cached("features-ViT", "--dtype", "float32"))
-    ]
-    assert "total 2" in runs[1].log
-    assert len(runs[1].losses) == 2 * SCENES // 10
-    assert runs[1].losses == pytest.approx(runs[0].losses, abs=1e-5)
+RANKS = ("--batch-size", "5", "--local-loss", "--gather-with-grad")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(train, cached) -> Trained:  # type: ignore[no-untyped-def]
+    """Two processes that share each batch."""
+    trained: Trained = train("features-ViT", cached("features-ViT", "--dtype", "float32"), *RANKS, ranks=2)
+    return trained
+
+
+def test_two_ranks(train, scenes, two_ranks) -> None:  # type: ignore[no-untyped-def]
+    through = train("features-ViT", scenes, *RANKS, ranks=2)
+    assert "total 2" in two_ranks.log
+    assert len(two_ranks.losses) == 2 * SCENES // 10
+    assert two_ranks.losses == pytest.approx(through.losses, abs=1e-5)
+
+
+@pytest.mark.skipif(not HAS_TASKS, reason="open_clip 4.x shards models")
+def test_two_ranks_that_share_the_model(train, cached, two_ranks) -> None:  # type: ignore[no-untyped-def]
+    sharded = train("features-ViT", cached("features-ViT", "--dtype", "float32"), *RANKS, "--fsdp", ranks=2)
+    assert "FSDP2: sharding" in sharded.log
+    assert sharded.losses == pytest.approx(two_ranks.losses, abs=1e-5)
 
 
 def test_validation_goes_through_the_towers(train, cached, scenes) -> None:  # type: ignore[no-untyped-def]
@@ -246,6 +263,46 @@ def test_other_towers_are_told_apart_in_every_precision(precision: torch.dtype, 
     other = open_clip.create_model("features-timm", force_image_size=48)
     with pytest.raises(FeatureError, match=r"folder: made with preprocess .*'size': .*32.*, the model has .*48"):
         check_towers(other, source)
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(
+    parse_version(torch.__version__) < parse_version("2.7"),
+    reason="fully_shard with ignored parameters needs torch 2.7",
+)
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_towers_of_a_sharded_model_are_told_apart(
+    precision: torch.dtype | None, models: Path, one_rank: DeviceMesh
+) -> None:
+    """In the middle of a step, with some weights gathered, in its precision, others not, and blocks compiled."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = open_clip.create_model("features-ViT", pretrained=str(models / "features-ViT.pt"), weights_only=True)
+    made_with = describe_towers(model)
+    source = Source("folder", json.dumps(made_with))
+    other = Source("other", json.dumps({**made_with, "weights": dict.fromkeys(made_with["weights"], "other")}))
+    with torch.no_grad():
+        ids = tiny.texts(3)
+        feature, pooled = model.image_scales(model.visual, tiny.images(model, 3))
+        text_feature, tokens = model.text(ids)
+    policy = MixedPrecisionPolicy(param_dtype=precision)
+    for tower in (model.visual, model.text):
+        blocks = tower.transformer.resblocks
+        for number, block in enumerate(blocks):
+            blocks[number] = fully_shard(torch.compile(block, backend="eager"), mesh=one_rank, mp_policy=policy)
+    fully_shard(model, mesh=one_rank, mp_policy=policy, ignored_params={model.logit_scale})  # it takes no scalars
+    texts = CachedTexts(ids, text_feature, tokens, torch.ones(tokens.shape[:2], dtype=torch.bool))
+    image, text = to_dicts(CachedImages(feature, tuple(pooled), source), texts)
+    assert torch.isfinite(model.train()(image, text)["image_features"]).all()
+    with pytest.raises(FeatureError, match="other: made by towers with other weights"):
+        model({**image, "source": other}, text)
 
 
 @pytest.mark.parametrize(

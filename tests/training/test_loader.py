@@ -15,7 +15,7 @@ import open_clip_train.data
 import pytest
 import webdataset as wds
 from helpers import stream_data
-from helpers.host import images_and_texts
+from helpers.host import images_and_texts, traits
 from helpers.hostile_tars import HOSTILE
 from helpers.stream_data import arguments, caption, image_bytes, image_sample, tar_bytes, write_shards
 from hypothesis import given, settings
@@ -37,7 +37,7 @@ def dataset(pattern: str, *, is_train: bool = True, **changes: Any) -> DataInfo:
     args = arguments(pattern, **changes)
     if not is_train:
         args.train_data = None  # validation alone: before a training, all of it is read once more for the metrics
-    return get(args, stream_data.image_number, is_train=is_train, tokenizer=stream_data.caption_numbers)
+    return get(args, stream_data.image_number, is_train=is_train, tokenizer=stream_data.caption_numbers, **traits())
 
 
 def batches(data: DataInfo, epoch: int = 0) -> list[list[tuple[int, int]]]:
