@@ -38,6 +38,7 @@ EXTRAS = {
     "geo": ["rasterio>=1.3", "shapely>=2.0"],  # GeoTIFF: bands, stretch, tiles, coordinates; their outlines in indexes
     "stac": ["pystac>=1.8", "rasterio>=1.3", "shapely>=2.0"],  # scenes of STAC catalogues
     "archive": ["shapely>=2.0", "duckdb>=1.1"],  # outlines on Earth and filter expressions of indexes
+    "lancedb": ["lancedb>=0.30"],  # indexes as tables of LanceDB, its queries re-ranked
     "parquet": ["pyarrow>=15"],  # kept for who names it; pyarrow is there anyway
     "hf": ["datasets>=2.18"],  # Hugging Face data sets on disk as captions
     "s3": ["s3fs>=2024.2"],
@@ -50,6 +51,9 @@ EXTRAS = {
         "moto[server]>=5",  # the local S3 server of the tests
         "aiohttp>=3.9",
         "playwright>=1.40",  # drives the browser of the demo's test, which is the system's chromium
+        "psycopg[binary]>=3.1",  # the examples of docs/how-to/databases.md
+        "pgvector>=0.3",
+        "qdrant-client>=1.16",  # the first with metadata of collections
         "clip-benchmark>=1.6",  # the independent evaluator that ours is compared with
     ],
     # Pinned: the site is built with warnings as errors, and a release may warn of something new. Python 3.11 or later.

@@ -20,6 +20,7 @@ ORDER = [
     "plugin",
     "search",
     "embedding",
+    "databases",
     "explain",
     "demo",
     "reports",

@@ -26,6 +26,7 @@ from .files import (
     TILES,
     ImageIndexError,
     Manifest,
+    Segment,
     checked_files,
     is_written,
     open_parquet,
@@ -65,18 +66,27 @@ def export_index(folder: str, out: str) -> int:
     manifest = read_manifest(root)
     store.make_folder(out)
     for segment in manifest.segments:
-        path, files = root / segment.name, checked_files(root, segment)
         url = store.join(out, f"{segment.name}.parquet")
         rows += segment.images
         if not segment.images or store.exists(url):
             continue
-        tiles = open_parquet(path, files[TILES])
-        table = read_columns(path, tiles, tiles.schema_arrow.names, segment.images)
-        features = Vectors(path, files["features.npy"], segment.images).block(0, segment.images)
-        match = files.get("projected.npy")
-        projected = Vectors(path, match, segment.images).block(0, segment.images) if match else None
-        store.write_bytes(url, parquet(with_vectors(table, features, projected), manifest.product(features, projected)))
+        store.write_bytes(url, parquet(*segment_table(root, manifest, segment)))
     return rows
+
+
+def segment_table(root: Path, manifest: Manifest, segment: Segment) -> tuple[pa.Table, Product]:
+    """All that an index holds of a segment, vectors included, and what those are.
+
+    Raises:
+        ImageIndexError: it is damaged.
+    """
+    path, files = root / segment.name, checked_files(root, segment)
+    tiles = open_parquet(path, files[TILES])
+    table = read_columns(path, tiles, tiles.schema_arrow.names, segment.images)
+    features = Vectors(path, files["features.npy"], segment.images).block(0, segment.images)
+    match = files.get("projected.npy")
+    projected = Vectors(path, match, segment.images).block(0, segment.images) if match else None
+    return with_vectors(table, features, projected), manifest.product(features, projected)
 
 
 def import_partitions(folder: str, sources: Sequence[str], *, segment_images: int = SEGMENT_IMAGES) -> Imported:
@@ -93,17 +103,17 @@ def import_partitions(folder: str, sources: Sequence[str], *, segment_images: in
         BeingWritten: another process is writing to the index.
     """
     root = Path(folder)
-    files = _expand(sources)
-    products = {url: _product(url) for url in files}
+    files = expand(sources)
+    products = {url: read_product(url) for url in files}
     store.make_folder(folder)
     with one_writer(folder):
         exists = (root / "index.json").exists()
         manifest = read_manifest(root) if exists else _manifest(products[files[0]])
         for url, product in products.items():
-            _check_product(url, product, manifest, products[files[0]])
+            check_product(url, product, manifest, products[files[0]])
         known, names, twice = Known(root, manifest), [], 0
         for url, product in products.items():
-            for table in _tables(url, segment_images):
+            for table in read_tables(url, segment_images):
                 new, seen = _new_rows(url, table, known)
                 twice += seen
                 if len(new):
@@ -115,7 +125,12 @@ def import_partitions(folder: str, sources: Sequence[str], *, segment_images: in
     return Imported(sum(segment.images for segment in added), twice)
 
 
-def _expand(sources: Iterable[str]) -> list[str]:
+def expand(sources: Iterable[str]) -> list[str]:
+    """The files that sources name: files, folders of them or patterns, local or fsspec URLs.
+
+    Raises:
+        ImageIndexError: one of them names none.
+    """
     files: list[str] = []
     for source in sources:
         if store.is_folder(source):
@@ -131,7 +146,12 @@ def _expand(sources: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(files))
 
 
-def _product(url: str) -> Product:
+def read_product(url: str) -> Product:
+    """What the vectors of a file are.
+
+    Raises:
+        ImageIndexError: it is not whole, or no partition.
+    """
     try:
         with store.open_read(url) as file:
             return product_of(pq.read_schema(file), url)
@@ -149,7 +169,7 @@ def _manifest(product: Product) -> Manifest:
     return Manifest(product.model, product.fingerprint, dict(product.settings))
 
 
-def _check_product(url: str, product: Product, manifest: Manifest, first: Product) -> None:
+def check_product(url: str, product: Product, manifest: Manifest, first: Product) -> None:
     """Raise ImageIndexError unless a file's vectors are of the model of the index, in the shapes of the first file."""
     if product.fingerprint != manifest.fingerprint:
         raise ImageIndexError(
@@ -169,8 +189,12 @@ def _check_product(url: str, product: Product, manifest: Manifest, first: Produc
         )
 
 
-def _tables(url: str, rows: int) -> Iterator[pa.Table]:
-    """A file in pieces of so many rows."""
+def read_tables(url: str, rows: int) -> Iterator[pa.Table]:
+    """A file in pieces of so many rows, with all columns of a partition.
+
+    Raises:
+        ImageIndexError: it is not whole.
+    """
     try:
         with store.open_read(url) as file:
             for batch in pq.ParquetFile(file).iter_batches(batch_size=rows, use_threads=False):

@@ -58,7 +58,7 @@ def _module_kinds(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_model(root: Path, manifest: Manifest, model: LoadedModel, *, appending: bool = False) -> None:
+def check_model(root: Path | str, manifest: Manifest, model: LoadedModel, *, appending: bool = False) -> None:
     """Raise ImageIndexError unless the index was built with this model.
 
     Vectors of two precisions are near enough to ask one with the other, but one index holds those of one alone.

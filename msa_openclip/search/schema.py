@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -151,7 +152,7 @@ def with_vectors(table: pa.Table, features: NDArray[np.float16], projected: NDAr
     """The table with its vectors as columns: `global` of features (n, E), `match` of vectors m (n, S, D)."""
     for name, values in zip(VECTORS, (features, projected), strict=True):
         if values is not None:
-            flat = np.ascontiguousarray(values).reshape(len(values), -1)
+            flat = np.ascontiguousarray(values).reshape(len(values), math.prod(values.shape[1:]))
             column = pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), flat.shape[1])
             table = table.append_column(name, column)
     return table
@@ -208,10 +209,26 @@ def product_of(schema: pa.Schema, name: str) -> Product:
     Raises:
         SchemaError: it does not say, or its columns are not those of a partition.
     """
+    product = described(schema, name)
+    for wanted in COLUMNS:
+        found = schema.field(wanted.name).type if schema.get_field_index(wanted.name) >= 0 else None
+        if found is None and not wanted.nullable:
+            raise SchemaError(f"{name}: no column `{wanted.name}`; it has {', '.join(schema.names)}.")
+        if found is not None and not _fits(found, wanted.type):
+            raise SchemaError(f"{name}: column `{wanted.name}` is {found}, expected {wanted.type}.")
+    return product
+
+
+def described(schema: pa.Schema, name: str) -> Product:
+    """What the metadata of a schema says of its vectors, whatever its columns are.
+
+    Raises:
+        SchemaError: it says nothing.
+    """
     try:
         known = json.loads((schema.metadata or {})[b"msa_openclip"])
         shape = known["match_shape"]
-        product = Product(
+        return Product(
             model=str(known["model"]),
             fingerprint=str(known["fingerprint"]),
             settings=dict(known["settings"]),
@@ -223,13 +240,6 @@ def product_of(schema: pa.Schema, name: str) -> Product:
             f"{name}: its metadata has no key `msa_openclip` that tells model and shapes of its vectors; write it with "
             "`msa-openclip index export`, or set the key."
         ) from error
-    for wanted in COLUMNS:
-        found = schema.field(wanted.name).type if schema.get_field_index(wanted.name) >= 0 else None
-        if found is None and not wanted.nullable:
-            raise SchemaError(f"{name}: no column `{wanted.name}`; it has {', '.join(schema.names)}.")
-        if found is not None and not _fits(found, wanted.type):
-            raise SchemaError(f"{name}: column `{wanted.name}` is {found}, expected {wanted.type}.")
-    return product
 
 
 def conform(table: pa.Table) -> pa.Table:

@@ -48,6 +48,35 @@ class _Part:
             ) from error
 
 
+def united(schemas: Iterable[pa.Schema]) -> pa.Schema:
+    """The columns of all schemas; one that is of several kinds of numbers is float64, of other kinds text."""
+    found: dict[str, pa.DataType] = {}
+    for field in (field for schema in schemas for field in schema):
+        before = found.setdefault(field.name, field.type)
+        if before != field.type:
+            numbers = all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in (before, field.type))
+            found[field.name] = pa.float64() if numbers else pa.string()
+    return pa.schema(list(found.items()))
+
+
+def in_schema(table: pa.Table, schema: pa.Schema, rows: int | None = None) -> pa.Table:
+    """The columns of a schema in its types, null where the table lacks one.
+
+    Args:
+        table: with other columns, perhaps, which go, or with none.
+        schema: the wanted columns.
+        rows: how many the table has, which one without columns does not know.
+    """
+    count = len(table) if rows is None else rows
+    columns = [
+        table[field.name].cast(field.type)
+        if field.name in table.column_names
+        else pa.chunked_array([pa.nulls(count, field.type)])
+        for field in schema
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
 class Tiles(Sequence[CaptionedImage]):
     """The images of all segments as a sequence, and their columns as one table."""
 
@@ -78,13 +107,7 @@ class Tiles(Sequence[CaptionedImage]):
     @property
     def schema(self) -> pa.Schema:
         """The columns of all segments; one that is of several kinds is text."""
-        found: dict[str, pa.DataType] = {}
-        for field in (field for part in self._parts for field in part.schema):
-            before = found.setdefault(field.name, field.type)
-            if before != field.type:
-                numbers = all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in (before, field.type))
-                found[field.name] = pa.float64() if numbers else pa.string()
-        return pa.schema(list(found.items()))
+        return united(part.schema for part in self._parts)
 
     def columns(self, names: Sequence[str]) -> pa.Table:
         """Some columns of all images, in their order; null where a segment lacks one."""
@@ -95,10 +118,4 @@ class Tiles(Sequence[CaptionedImage]):
     @staticmethod
     def _columns(part: _Part, schema: pa.Schema) -> pa.Table:
         there = part.table([name for name in schema.names if name in part.schema.names])
-        arrays = [
-            there[field.name].cast(field.type)
-            if field.name in there.column_names
-            else pa.chunked_array([pa.nulls(part.images, field.type)])
-            for field in schema
-        ]
-        return pa.Table.from_arrays(arrays, schema=schema)
+        return in_schema(there, schema, part.images)
