@@ -125,6 +125,12 @@ class Scorer:
         self.scales = len(model.mscmat.scales) if isinstance(model, MSACLIP) and model.mscmat is not None else 0
 
     @property
+    def match_shape(self) -> tuple[int, int]:
+        """(S, D) of MSCMAT's vectors m; of models with it."""
+        shape: tuple[int, int] = self.model.mscmat.projected_shape
+        return shape
+
+    @property
     def rankings(self) -> tuple[str, ...]:
         """Names of the R rankings, in the order of `scores`."""
         if not self.has_match:

@@ -121,6 +121,11 @@ class MSCMAT(nn.Module):
         """Pooled vectors z_s, S tensors of (I, C_s) -> projected vectors m (I, S, D), what an index keeps."""
         return torch.stack([head.project(z) for head, z in zip(self.heads, pooled, strict=True)], dim=1)
 
+    @property
+    def projected_shape(self) -> tuple[int, int]:
+        """(S, D) of what an index keeps."""
+        return len(self.scales), self.heads[0].project.out_features
+
     def fold_projected(self, projected: Tensor) -> ImageSide:
         """Projected vectors m (I, S, D) -> ImageSide, as `fold_image` makes it of the pooled ones."""
         sides = [head.fold_projected(projected[:, s], self.ln_image) for s, head in enumerate(self.heads)]

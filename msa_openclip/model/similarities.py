@@ -6,6 +6,7 @@ Shapes: I images, T texts, S scales, C_s channels of scale s, N text tokens, D w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,11 @@ class GramScore(nn.Module):
     def project_image(self, pooled: Sequence[Tensor]) -> Tensor:
         """Pooled vectors z_s, S tensors of (I, C_s) -> parts (I, S, D), what an index keeps."""
         return torch.stack([linear(z) for linear, z in zip(self.project, pooled, strict=True)], dim=1)
+
+    @property
+    def projected_shape(self) -> tuple[int, int]:
+        """(S, D) of what an index keeps."""
+        return len(self.project), cast("nn.Linear", self.project[0]).out_features
 
     def fold_projected(self, projected: Tensor) -> ImageSide:
         """Parts (I, S, D) -> ImageSide."""
@@ -73,6 +79,11 @@ class GatedScore(nn.Module):
         """Pooled vectors z_s, S tensors of (I, C_s) -> v (I, 1, D), what an index keeps."""
         mapped = [linear(z) for linear, z in zip(self.project, pooled, strict=True)]
         return torch.stack(mapped, dim=1).sum(dim=1, keepdim=True)
+
+    @property
+    def projected_shape(self) -> tuple[int, int]:
+        """(1, D) of what an index keeps."""
+        return 1, self.gate.in_features
 
     def fold_projected(self, projected: Tensor) -> ImageSide:
         """v (I, 1, D) -> ImageSide."""

@@ -13,9 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ..data.captioned import CaptionedImage
 from ..data.small_files import parse_json, read_text
 from ..shards.records import Location
@@ -37,6 +34,7 @@ from .files import (
     write_segment,
 )
 from .schema import to_table
+from .vectors import Vectors
 
 
 def convert_index(old: str, new: str) -> int:
@@ -66,7 +64,8 @@ def _convert(source: Path, segment: Segment, root: Path, manifest: Manifest) -> 
     images = [image for image, _ in or_damaged(folder, partial(_lines, files["records.jsonl"]))]
     rejected = or_damaged(folder, partial(_lines, files["rejected.jsonl"]))
     features, projected = (
-        or_damaged(folder, partial(_array, files.get(name), len(images))) for name in ("features.npy", "projected.npy")
+        Vectors(folder, files[name], len(images)).block(0, len(images)) if name in files and images else None
+        for name in ("features.npy", "projected.npy")
     )
     bad = [image for image, _ in rejected]
     name = segment_name(manifest, [*images, *bad])
@@ -101,12 +100,3 @@ def _image(record: dict[str, Any]) -> CaptionedImage:
     location["window"] = tuple(location["window"]) if location.get("window") else None
     captions, about = tuple(record["captions"]), record["about"]
     return CaptionedImage(record["image_id"], Location(**location), captions, record["label"], about, record["content"])
-
-
-def _array(checked: CheckedFile | None, images: int) -> NDArray[np.float16] | None:
-    if checked is None:
-        return None
-    array: NDArray[np.float16] = np.load(checked.path, mmap_mode="r")
-    if len(array) != images:
-        raise ValueError(f"{checked.path.name}: {len(array)} rows, expected {images}")
-    return array

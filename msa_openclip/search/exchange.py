@@ -36,9 +36,9 @@ from .files import (
     remove_left_over,
     write_segment,
 )
-from .index import Vectors
 from .options import SEGMENT_IMAGES
 from .schema import VECTORS, Product, SchemaError, conform, parquet, product_of, to_images, vectors, with_vectors
+from .vectors import Vectors
 
 _log = logging.getLogger(__name__)
 

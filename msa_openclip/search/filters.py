@@ -13,10 +13,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from . import places
+from .condition import ConditionError, matching
 from .schema import bounds, instant
 from .tiles import Tiles
 
-_ROW = "row number in the index"
+_SHOWN = 200  # letters of an expression in a complaint
 
 
 class SearchError(ValueError):
@@ -125,39 +126,20 @@ def _outlines(tiles: Tiles) -> tuple[NDArray[np.float64], Any]:
 
 
 def _matching(expression: str, tiles: Tiles) -> NDArray[np.bool_]:
-    """Which rows (n,) an expression of DuckDB is true of.
-
-    DuckDB sees the columns of the index and nothing else: no files, no network, no extensions, no variables of this
-    process, and no way to allow them again.
+    """Which rows (n,) an expression of DuckDB is true of; it sees the columns of the index and nothing else.
 
     Raises:
-        SearchError: DuckDB is missing or refuses the expression.
+        SearchError: DuckDB is missing or refuses the expression, or it takes too long.
     """
-    try:
-        import duckdb
-    except ImportError as error:
-        raise SearchError("where: DuckDB is missing: pip install 'msa_openclip[archive]'.") from error
     names = tiles.schema.names
     used = [name for name in names if name.lower() in expression.lower()]  # more than needed does no harm
-    known = _without_zones(tiles.columns(used))
-    columns = dict(zip(used, known.columns, strict=True))
-    table = pa.table({**columns, _ROW: np.arange(len(tiles))})
-    allowed = np.zeros(len(tiles), dtype=np.bool_)
-    locked: dict[str, Any] = {
-        "enable_external_access": False,
-        "autoload_known_extensions": False,
-        "autoinstall_known_extensions": False,
-        "python_enable_replacements": False,
-    }
+    # Any column tells how many rows there are.
+    table = _without_zones(tiles.columns(used or names[:1]))
     try:
-        with duckdb.connect(":memory:", config=locked) as connection:
-            connection.execute("SET lock_configuration = true")
-            relation = connection.from_arrow(table).filter(expression).select(duckdb.ColumnExpression(_ROW))
-            allowed[relation.fetchnumpy()[_ROW]] = True
-    except duckdb.Error as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SearchError(f"where {expression!r}: {reason} The columns are {', '.join(names)}.") from error
-    return allowed
+        return matching(expression, table)
+    except ConditionError as error:
+        asked = expression if len(expression) < _SHOWN else f"{expression[:_SHOWN]} ..."
+        raise SearchError(f"where {asked!r}: {error} The columns are {', '.join(names)}.") from error
 
 
 def _without_zones(table: pa.Table) -> pa.Table:

@@ -10,59 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..evaluation.loading import LoadedModel
-from .checksums import CheckedFile, ChecksumError
 from .files import TILES, ImageIndexError, checked_files, damaged, read_manifest
 from .fingerprint import check_model
 from .tiles import Tiles
+from .vectors import Vectors
 
 _BLOCK = 2048
-
-
-class Vectors:
-    """An array of a segment, mapped from disk, its rows compared with their checksums when they are first read.
-
-    Args:
-        segment: folder of the segment.
-        checked: the .npy file.
-        images: rows that it must have.
-    Raises:
-        ImageIndexError: it is damaged, or no such array.
-    """
-
-    def __init__(self, segment: Path, checked: CheckedFile, images: int) -> None:
-        self._segment, self._checked = segment, checked
-        try:
-            checked.check_rows(0, 1, np.arange(1))  # what NumPy is about to parse
-            array = np.load(checked.path, mmap_mode="c")  # torch takes no read-only arrays
-            offset = array.offset
-        except Exception as error:  # for one damaged header or another NumPy raises nearly everything
-            raise damaged(segment, f"{checked.path.name}: {error}") from error
-        if array.dtype != np.float16 or array.ndim < 2 or len(array) != images:
-            raise damaged(
-                segment, f"{checked.path.name}: {array.dtype} {array.shape}, expected {images} rows of float16"
-            )
-        self.array: NDArray[np.float16] = array
-        self._offset, self._row_bytes = int(offset), array.nbytes // images
-
-    def rows(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
-        """Some rows (n, ...)."""
-        try:
-            self._checked.check_rows(self._offset, self._row_bytes, rows)
-        except ChecksumError as error:
-            raise damaged(self._segment, str(error)) from error
-        return self.array[rows]
-
-    def block(self, start: int, stop: int) -> NDArray[np.float16]:
-        """Rows from `start` to `stop`, not copied."""
-        try:
-            self._checked.check_rows(self._offset, self._row_bytes, np.arange(start, stop))
-        except ChecksumError as error:
-            raise damaged(self._segment, str(error)) from error
-        return self.array[start:stop]
 
 
 class ImageIndex:
@@ -95,13 +51,23 @@ class ImageIndex:
                 if "projected.npy" not in files:
                     raise damaged(path, "projected.npy: not found")
                 self._projected.append(Vectors(path, files["projected.npy"], segment.images))
-        for parts in (self._features, self._projected):
-            if len({part.array.shape[1:] for part in parts}) > 1:
-                raise ImageIndexError(f"{root}: its segments hold vectors of different widths; build the index again.")
+        if self._features:
+            self.check_shape("features.npy", self._features[0].array.shape[1:])
+        if self._projected:
+            self.check_shape("projected.npy", model.scorer.match_shape)
         self._ends = np.cumsum([len(part.array) for part in self._features])
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
+
+    def check_shape(self, name: str, expected: tuple[int, ...]) -> None:
+        """Raise ImageIndexError unless all rows of the vectors `features.npy` or `projected.npy` have this shape."""
+        for part in self._projected if name == "projected.npy" else self._features:
+            if part.array.shape[1:] != expected:
+                raise ImageIndexError(
+                    f"{self.folder}: {name} holds vectors of {part.array.shape[1:]} numbers, expected {expected}; "
+                    "build the index again."
+                )
 
     def features(self) -> Iterator[tuple[int, Tensor]]:
         """First row and global features (n, E) float32, a few thousand rows at a time, which stay in fast memory."""

@@ -117,6 +117,7 @@ class Searcher:
 
     def _find(self, queries: Tensor, k: int, where: SearchFilter | None) -> tuple[Tensor, Tensor]:
         """Cosines and rows of the k nearest (Q, k), among the allowed ones."""
+        self.index.check_shape("features.npy", tuple(queries.shape[1:]))
         if where is not None:
             return self._scan_rows(queries, k, self._rows_where(where))
         if self._nearest is not None:

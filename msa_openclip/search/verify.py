@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from ..data.small_files import read_json, read_text
-from .checksums import CheckedFile, ChecksumError
+from .checksums import CheckedFile
 from .files import (
     REJECTED,
     TILES,
@@ -22,6 +20,7 @@ from .files import (
     read_manifest,
 )
 from .item import ITEM, item_text
+from .vectors import Vectors
 
 
 @dataclass
@@ -94,12 +93,10 @@ def _verify_segment(root: Path, segment: Segment) -> int:
         files = checked_files(root, segment)
         for checked in files.values():
             checked.check_all()
-        for name in files.keys() & {"features.npy", "projected.npy"}:
-            vectors = np.load(folder / name, mmap_mode="r")
-            if len(vectors) != segment.images or not all(np.isfinite(row).all() for row in vectors):
-                raise ChecksumError(f"{name}: {vectors.shape} numbers, some of them not finite or too few")
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError) as error:
         raise error if isinstance(error, ImageIndexError) else damaged(folder, str(error)) from error
+    for name in files.keys() & {"features.npy", "projected.npy"}:
+        Vectors(folder, files[name], segment.images).check_all()
     read = {
         name: read_columns(folder, parquet, parquet.schema_arrow.names, segment.images if name == TILES else None)
         for name in files.keys() & {TILES, REJECTED}

@@ -12,6 +12,7 @@ import pytest
 from helpers.retrieval_data import square
 
 from msa_openclip.data.captioned import CaptionedImage
+from msa_openclip.search import condition
 from msa_openclip.search.checksums import CheckedFile, checksums
 from msa_openclip.search.filters import SearchError, SearchFilter
 from msa_openclip.search.schema import Product, parquet, to_table
@@ -209,6 +210,38 @@ def test_expressions_reach_nothing_but_the_index(tiles: Tiles, tmp_path: Path, m
     assert [path.name for path in tmp_path.iterdir()] == ["secret.csv"]
     assert found(tiles, where="current_setting('enable_external_access')") == []
     assert len(found(tiles, where="current_setting('lock_configuration')")) == 6
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "(select count(*) from range(10000000000) where range % 7 = 3) > 0",
+        "(select max(a.range) from range(100000000) a, range(1000000000) b) > cloud",
+        "length(repeat('xx', 2000000000)) > 0",
+        "list_sum(range(1000000000)) > 0",
+        "(" * 30_000,
+    ],
+)
+def test_expressions_without_end_are_ended(tiles: Tiles, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Also inside one function, and while it is parsed, where DuckDB can neither be interrupted nor bounded."""
+    pytest.importorskip("duckdb", reason="duckdb (extra archive) is not installed")
+    monkeypatch.setattr(condition, "LONGEST_S", 1)
+    monkeypatch.setattr(condition, "MEMORY_BYTES", 1 << 30)
+    with pytest.raises(SearchError, match="it takes too much time or memory; ask for less") as caught:
+        found(tiles, where=where)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_column_with_the_name_of_the_rows_changes_nothing() -> None:
+    pytest.importorskip("duckdb", reason="duckdb (extra archive) is not installed")
+    table = pa.table({"Row number in the index": [5, 6, 7], "row number in the index_": [1, 1, 1]})
+    where = '"Row number in the index" > 5 and "row number in the index_" = 1'
+    assert condition.matching(where, table).tolist() == [False, True, True]
+
+
+def test_what_is_not_unicode_is_no_expression(tiles: Tiles) -> None:
+    with pytest.raises(SearchError, match=r"Unicode|DuckDB is missing"):
+        found(tiles, where="class = '\udc80'")
 
 
 def test_an_index_without_images(tmp_path: Path) -> None:
