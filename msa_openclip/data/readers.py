@@ -102,6 +102,11 @@ def _read_shard(url: str) -> Iterator[CaptionedImage]:
                     "silence. Build the shards with `msa-openclip shards`."
                 )
             text = tars.read_member(file, members["txt"]).decode()
+            if (gap := tars.missing_date(members)) is not None:
+                raise EvalDataError(
+                    f"{url}: sample {key} has {', '.join(sorted(members))}; the image of date {gap} is missing. "
+                    "Build the shards again, or leave the sample out."
+                )
             content = _digest(b"".join(tars.read_member(file, image) for image in images))
             metadata = _metadata(tars.read_member(file, members["json"]) if "json" in members else b"{}", url, key)
             if len(metadata.get("dates") or images) != len(images):

@@ -75,10 +75,11 @@ def evaluate(
         options: batch size, memory.
         peers: in a distributed run, which share is ours; all ranks get the whole result.
     Raises:
-        EvalDataError: an image cannot be read.
+        EvalDataError: an image cannot be read, or is of another number of dates than the model takes.
         ValueError: the model's scores hold NaN.
     """
     options, peers = options or EvalOptions(), peers or Peers()
+    scorer.require_dates(data.images)
     images = encode_images(scorer, data, preprocess, options, peers)
     blocks = _CaptionBlocks(scorer, data, tokenizer, images, options, peers)
     right = blocks.right_scores()

@@ -6,7 +6,7 @@ Shapes: I images, T texts, S scales, R rankings, E embed_dim.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from open_clip import get_input_dtype
 from open_clip_train.precision import get_autocast
 from torch import Tensor, nn
 
-from ..data.captioned import EvalDataError
+from ..data.captioned import CaptionedImage, EvalDataError
 from ..model.cached import locked_part
 from ..model.msaclip import MSACLIP
 from ..model.towers import pad_id, token_mask
@@ -210,6 +210,19 @@ class Scorer:
             fused = [self.model.rank_scores(cosine, part).float() for part in (match, *match.split(1))]
             return torch.stack([cosine, match.mean(dim=0), fused[0], *match, *fused[1:]])
 
+    def require_dates(self, images: Iterable[CaptionedImage]) -> None:
+        """Refuse images of another number of dates than the model takes, before any is read.
+
+        Raises:
+            EvalDataError: there is one; the message names it.
+        """
+        for image in images:
+            if (dates := len(image.locations)) != self.dates:
+                raise EvalDataError(
+                    f"{image.location.url}: image {image.image_id}: {_dates(dates)}, where the model takes "
+                    f"{self.dates} (msa_cfg.dates). Choose data of as many dates as the model, or another model."
+                )
+
     def bytes_per_pair(self, texts: EncodedTexts) -> int:
         """Working memory that `scores` and counting take per pair of an image and a text, from above."""
         rankings = len(self.rankings)
@@ -224,11 +237,13 @@ class Scorer:
         """
         dates = 1 if pixels.dim() == 4 else pixels.shape[1]
         if dates != self.dates:
-            raise EvalDataError(
-                f"samples of {dates} date{'s' * (dates > 1)}, where the model takes {self.dates} (msa_cfg.dates)."
-            )
+            raise EvalDataError(f"samples of {_dates(dates)}, where the model takes {self.dates} (msa_cfg.dates).")
         return pixels.to(self.device, self.input_dtype)
 
     def _cast(self) -> AbstractContextManager[Any]:
         context: AbstractContextManager[Any] = self._autocast()
         return context
+
+
+def _dates(count: int) -> str:
+    return f"{count} date{'s' * (count > 1)}"

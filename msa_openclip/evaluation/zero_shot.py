@@ -52,8 +52,10 @@ def classify(
         templates: captions with {} in the place of the class.
         progress: a bar on stderr.
     Raises:
-        EvalDataError: an image has no label, there is only one class, or a template has no {}.
+        EvalDataError: an image has no label or is of other dates than the model takes, there is only one class, or
+            a template has no {}.
     """
+    model.scorer.require_dates(images)
     classes = _checked_classes(images, templates)
     number = {name: index for index, name in enumerate(classes)}
     target = torch.tensor([number[str(image.label)] for image in images])

@@ -91,6 +91,7 @@ def build_index(
     Raises:
         ImageIndexError: the index was built with another model, an image occurs twice or has changed since it was
             indexed or has a name that is not Unicode, another rank is gone, or a number is out of range.
+        EvalDataError: an image is of another number of dates than the model takes.
         BeingWritten: another process is writing to the index.
     """
     for name, value, least in (
@@ -100,6 +101,7 @@ def build_index(
     ):
         if value < least:
             raise ImageIndexError(f"{name}: {value} must be at least {least}.")
+    model.scorer.require_dates(images)
     root, peers = Path(folder), peers or Peers()
     root.mkdir(parents=True, exist_ok=True)
     # Other ranks write segments only, which are equal whoever writes them; what becomes of them rank 0 decides.

@@ -26,7 +26,7 @@ from ..shards.imagery.prepare import open_image
 from ..shards.output import printable
 from ..shards.readers.fields import encodable, usable_caption
 from ..shards.storage import store
-from ..shards.storage.tars import IMAGE_MEMBERS, content, headers, images_of, open_tar
+from ..shards.storage.tars import DATED_MEMBER, IMAGE_MEMBERS, content, headers, images_of, missing_date, open_tar
 from .shares import ShardDataError, Share
 
 EXPECTED = (
@@ -155,9 +155,6 @@ def look_at_first_sample(urls: Sequence[str], members: Sequence[str] = IMAGE_MEM
 _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset passes over
 
 
-_DATED = re.compile(rf"\d+\.({'|'.join(IMAGE_MEMBERS)})")  # what stands behind the key in KEY.0.jpg
-
-
 def _members(file: IO[bytes], share: Share, tally: Tally, extensions: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The members of the share as webdataset has them: `fname`, `data` (None if it is of no use here), `__url__`."""
     mode = "r:*" if hasattr(file, "seek") else "r|*"
@@ -173,7 +170,7 @@ def _members(file: IO[bytes], share: Share, tally: Tally, extensions: Sequence[s
                 continue
             if share.stop is not None and index >= share.stop and share.stop != share.size:
                 return
-            wanted = extension.lower() in extensions or _DATED.fullmatch(extension.lower())
+            wanted = extension.lower() in extensions or DATED_MEMBER.fullmatch(extension.lower())
             yield {"fname": info.name, "data": content(tar, info) if wanted else None, "__url__": share.url}
     if share.size not in (None, index + 1):
         tally.note(share.url, "sizes.json is wrong", f"it says {share.size} samples, the shard has {index + 1}")
@@ -182,9 +179,10 @@ def _members(file: IO[bytes], share: Share, tally: Tally, extensions: Sequence[s
 def _usable(members: Sample, tally: Tally, images: Sequence[str], dates: int) -> Sample | None:
     """Image and captions of a sample; None, and a line in the tally, if it lacks one, or has other dates."""
     found = [members[name] for name in images if name in members][:1] or images_of(members)
-    if not found or "txt" not in members:
+    gap = missing_date(members)
+    if not found or "txt" not in members or gap is not None:
         names = ", ".join(sorted(name for name in members if not name.startswith("__")))
-        lack = "captions" if found else "image"
+        lack = f"image of date {gap}" if gap is not None else "captions" if found else "image"
         tally.reject(members, f"no {lack} among the members {names}", passed=tally.complete)
         return None
     if len(found) != dates:

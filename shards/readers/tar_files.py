@@ -15,7 +15,7 @@ from ..imagery.prepare import EXTENSIONS
 from ..options import ReadOptions
 from ..records import SPLITS, Entry, Location, Rejection, ShardError
 from ..storage import json_text, store
-from ..storage.tars import Member, images_of, read_member, samples
+from ..storage.tars import Member, images_of, missing_date, read_member, samples
 from . import fields
 
 _IMAGES = {*(extension[1:] for extension in EXTENSIONS), "img_content", "image", "img"}
@@ -91,8 +91,10 @@ def _entry(
     wanted = {options.image_member} if options.image_member else _IMAGES
     image = next((member for member in members if member.extension in wanted), None)
     images = [image] if image else [] if options.image_member else images_of(by_extension)
+    found, gap = ", ".join(sorted(by_extension)), missing_date(by_extension)
+    if gap is not None and not options.image_member:
+        return Rejection(f"{url}:{key}", "missing image", f"of date {gap}; members are {found}"), None
     if not images:
-        found = ", ".join(sorted(by_extension))
         return Rejection(f"{url}:{key}", "no image", f"members are {found}; name the image: --image-member"), None
     try:
         texts = [_text(file, by_extension[name]) for name in options.caption_columns or _TEXTS if name in by_extension]

@@ -7,7 +7,7 @@ import lzma
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from gzip import BadGzipFile
 from typing import IO, Any, NamedTuple, TypeVar
@@ -28,6 +28,8 @@ MOST_TEXT_BYTES = 64 << 20
 """Of the captions or the JSON of one sample."""
 IMAGE_MEMBERS = ("jpg", "png", "jpeg", "webp")
 """Extensions of the images that open_clip reads from shards; of several in a sample the first counts, as there."""
+DATED_MEMBER = re.compile(rf"(\d{{1,4}})\.(?:{'|'.join(IMAGE_MEMBERS)})")
+"""What stands behind the key in KEY.0.jpg."""
 MEMBER_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # as webdataset splits key and extension
 
 
@@ -69,6 +71,18 @@ def images_of(parts: Mapping[str, Part]) -> list[Part]:
     while (image := image_of(parts, len(found))) is not None:
         found.append(image)
     return found
+
+
+def missing_date(names: Iterable[str]) -> int | None:
+    """The date of which a sample has no image though it has one of a later date; None as a rule.
+
+    `images_of` stops there, so that the later ones would go by in silence.
+    """
+    names = set(names)
+    if not names.isdisjoint(IMAGE_MEMBERS):
+        return None
+    there = {int(match[1]) for name in names if (match := DATED_MEMBER.fullmatch(name))}
+    return next((date for date in range(max(there, default=0)) if date not in there), None)
 
 
 def read_member(file: IO[bytes], member: Member) -> bytes:

@@ -82,7 +82,7 @@ def test_a_pair_of_which_one_date_does_not_decode_is_replaced_and_named(
     batches = read(f"{tmp_path}/a.tar")
     assert {int(number) for images, _ in batches for number in images[:, 1, 0]} == {101}
     assert "sample k0: image cannot be decoded" in caplog.text
-    assert "sample k2: 1 dates, and the model takes 2" in caplog.text
+    assert "sample k2: no image of date 1 among the members 0.png, 2.png, txt" in caplog.text
 
 
 def test_the_hosts_loader_learns_of_the_dates_from_the_models_configuration(tmp_path: Path, pairs_model: str) -> None:
