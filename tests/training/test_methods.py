@@ -241,7 +241,7 @@ def test_the_default_has_nothing_of_the_other_methods() -> None:
     """No module, output or term: what nobody asks for takes neither time nor memory."""
     clip = model("default")
     parts = {name.split(".")[0] for name in clip.state_dict()}
-    assert parts == {"visual", "text", "image_scales", "fusion", "mscmat", "logit_scale"}
+    assert parts == {"visual", "text", "fusion", "mscmat", "logit_scale"}
     output = clip(seeded(5, 3, 32, 32), torch.randint(1, 60, (5, 8)))
     own = {"image_features", "text_features", "logit_scale", "text_ids", *IMAGE_SIDE_KEYS, *TEXT_SIDE_KEYS}
     assert set(output) == own
