@@ -15,6 +15,7 @@ from msa_openclip import MSACLIP, MSALoss
 from msa_openclip.config import PRESETS, Loss, MSACfg
 from msa_openclip.model.fusions import DecoupledScales, WeighedScales
 from msa_openclip.model.labelled import LabelledTexts, class_number
+from msa_openclip.model.mscmat import IMAGE_SIDE_KEYS, TEXT_SIDE_KEYS
 from msa_openclip.model.similarities import GatedScore, GramScore
 from msa_openclip.pair_scores.similarities import gated_scores, gram_scores
 from msa_openclip.training.gather import Gather
@@ -234,6 +235,19 @@ def test_the_default_weighs_all_pairs_alike() -> None:
     assert one.keys() == other.keys()
     for key, value in one.items():
         torch.testing.assert_close(other[key], value)
+
+
+def test_the_default_has_nothing_of_the_other_methods() -> None:
+    """No module, output or term: what nobody asks for takes neither time nor memory."""
+    clip = model("default")
+    parts = {name.split(".")[0] for name in clip.state_dict()}
+    assert parts == {"visual", "text", "fusion", "mscmat", "logit_scale"}
+    output = clip(seeded(5, 3, 32, 32), torch.randint(1, 60, (5, 8)))
+    own = {"image_features", "text_features", "logit_scale", "text_ids", *IMAGE_SIDE_KEYS, *TEXT_SIDE_KEYS}
+    assert set(output) == own
+    loss = MSALoss(clip.msa_cfg)
+    assert set(loss(**output, output_dict=True)) == {"contrastive_loss", "fused_loss"}
+    assert loss.elimination.seen.numel() == 0
 
 
 def test_classes_that_are_missing_are_named() -> None:
