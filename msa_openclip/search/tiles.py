@@ -6,14 +6,16 @@ import bisect
 import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from ..data.captioned import CaptionedImage
 from .checksums import CheckedFile
 from .files import damaged, open_parquet, read_columns
-from .schema import to_images
+from .schema import bounds, to_images
 
 
 class _Part:
@@ -54,9 +56,12 @@ class Tiles(Sequence[CaptionedImage]):
     def __init__(self) -> None:
         self._parts: list[_Part] = []
         self._ends: list[int] = []
+        self._schema: pa.Schema | None = None
+        self._bounds: NDArray[np.float64] | None = None
 
     def append(self, segment: Path, checked: CheckedFile, images: int) -> None:
         """Add the images of a segment; nothing is read yet."""
+        self._schema = self._bounds = None
         self._parts.append(_Part(segment, checked, images))
         self._ends.append(len(self) + images)
 
@@ -78,6 +83,11 @@ class Tiles(Sequence[CaptionedImage]):
     @property
     def schema(self) -> pa.Schema:
         """The columns of all segments; one that is of several kinds is text."""
+        if self._schema is None:
+            self._schema = self._common_schema()
+        return self._schema
+
+    def _common_schema(self) -> pa.Schema:
         found: dict[str, pa.DataType] = {}
         for field in (field for part in self._parts for field in part.schema):
             before = found.setdefault(field.name, field.type)
@@ -85,6 +95,22 @@ class Tiles(Sequence[CaptionedImage]):
                 numbers = all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in (before, field.type))
                 found[field.name] = pa.float64() if numbers else pa.string()
         return pa.schema(list(found.items()))
+
+    @property
+    def bounds(self) -> NDArray[np.float64]:
+        """(n, 4) of all outlines, NaN where nothing is known; decoded once and kept, each side together."""
+        if self._bounds is None:
+            self._bounds = np.asfortranarray(bounds(self.columns(["bbox"])))
+        return self._bounds
+
+    def values(self, name: str, rows: NDArray[np.int64]) -> list[Any]:
+        """Values of a column (k,) in some ascending rows (k,); other segments are not read."""
+        segment, found = np.searchsorted(self._ends, rows, side="right"), list[Any]()
+        for number in np.unique(segment).tolist():
+            first = self._ends[number] - self._parts[number].images
+            column = self._parts[number].table([name])[name]
+            found += column.take(pa.array(rows[segment == number] - first)).to_pylist()
+        return found
 
     def columns(self, names: Sequence[str]) -> pa.Table:
         """Some columns of all images, in their order; null where a segment lacks one."""
