@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .data.captioned import CaptionedImage
     from .data.readers import read_captions, read_class_folder, read_folder, read_shards
     from .embedding.embedder import Embedder
+    from .embedding.job import embed
+    from .embedding.partitions import partitions, write_vectors
     from .evaluation.eval_set import EvalSet
     from .evaluation.evaluate import evaluate
     from .evaluation.loading import load
@@ -51,13 +53,16 @@ _PUBLIC = {
     "TextSide": "pair_scores.formula",
     "build_index": "search.build",
     "classify": "evaluation.zero_shot",
+    "embed": "embedding.job",
     "evaluate": "evaluation.evaluate",
     "load": "evaluation.loading",
     "match_logits": "pair_scores.formula",
+    "partitions": "embedding.partitions",
     "read_captions": "data.readers",
     "read_class_folder": "data.readers",
     "read_folder": "data.readers",
     "read_shards": "data.readers",
+    "write_vectors": "embedding.partitions",
 }
 """Name -> module below this package."""
 
@@ -77,13 +82,16 @@ __all__ = [
     "activate",
     "build_index",
     "classify",
+    "embed",
     "evaluate",
     "load",
     "match_logits",
+    "partitions",
     "read_captions",
     "read_class_folder",
     "read_folder",
     "read_shards",
+    "write_vectors",
 ]
 
 

@@ -59,10 +59,11 @@ def run(parsed: argparse.Namespace) -> int:
     from ..embedding.job import embed
     from .inputs import require_device
 
-    require_device(parsed.device)
+    device = _device_of_rank(parsed.device)
+    require_device(device)
     embedder = Embedder(
         parsed.model,
-        device=parsed.device,
+        device=device,
         precision=parsed.precision,
         batch_size=parsed.batch_size,
         readers=parsed.readers,
@@ -93,3 +94,9 @@ def run(parsed: argparse.Namespace) -> int:
         f"{len(found.left_out)} images left out, {seconds:.1f} s"
     )
     return 0
+
+
+def _device_of_rank(device: str) -> str:
+    """`cuda` under torchrun is the GPU of this rank."""
+    local_rank = os.environ.get("LOCAL_RANK")
+    return f"{device}:{local_rank}" if device == "cuda" and local_rank else device

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Sequence
 
 from ..search.options import SEGMENT_IMAGES
 from ..shards.arguments import Commands, add_command, add_number, add_progress
@@ -44,14 +43,14 @@ def add(commands: Commands) -> None:
     group = command.add_argument_group("running")
     add_loading(group)
     add_batches(group)
-    add_number(group, "--segment-images", "unit of resuming", default=SEGMENT_IMAGES)
+    add_number(group, "--segment-images", "images in a segment, the unit of resuming", default=SEGMENT_IMAGES)
     add_progress(group)
 
 
 def run(parsed: argparse.Namespace) -> int:
     """Build or extend an index, or verify, convert, export or import one."""
     if parsed.model in _WITHOUT_MODEL:
-        return _WITHOUT_MODEL[parsed.model](parsed.index, parsed.others)
+        return _WITHOUT_MODEL[parsed.model](parsed)
     if parsed.others:
         raise UsageError(f"{parsed.others[0]!r}: only {', '.join(_WITHOUT_MODEL)} take more than MODEL and INDEX")
     images = read_sources(parsed)
@@ -83,45 +82,47 @@ def run(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _verify(folder: str, others: Sequence[str]) -> int:
+def _verify(parsed: argparse.Namespace) -> int:
     from ..search.verify import verify_index
 
-    if others:
+    if parsed.others:
         raise UsageError("verify takes one index")
-    found = verify_index(folder)
+    found = verify_index(parsed.index)
     for problem in found.problems:
         print(printable(problem))
     if not found.problems:
         counts = f"{found.images} images in {found.segments} segments, {found.rejected} left out"
-        print(f"{folder}: {counts}; every file is as it was written.")
+        print(f"{parsed.index}: {counts}; every file is as it was written.")
     return 1 if found.problems else 0
 
 
-def _export(folder: str, others: Sequence[str]) -> int:
+def _export(parsed: argparse.Namespace) -> int:
     from ..search.exchange import export_index
 
-    if len(others) != 1:
+    if len(parsed.others) != 1:
         raise UsageError("export takes an index and a folder to write to")
-    print(f"{others[0]}: {export_index(folder, others[0])} images as GeoParquet, with their vectors")
+    (out,) = parsed.others
+    print(f"{out}: {export_index(parsed.index, out)} images as GeoParquet, with their vectors")
     return 0
 
 
-def _import(folder: str, others: Sequence[str]) -> int:
+def _import(parsed: argparse.Namespace) -> int:
     from ..search.exchange import import_partitions
 
-    if not others:
+    if not parsed.others:
         raise UsageError("import takes an index and Parquet files to read")
-    done = import_partitions(folder, others)
-    print(f"{folder}: {done.added} images added, {done.known} were there already")
+    done = import_partitions(parsed.index, parsed.others, segment_images=parsed.segment_images)
+    print(f"{parsed.index}: {done.added} images added, {done.known} were there already")
     return 0
 
 
-def _convert(folder: str, others: Sequence[str]) -> int:
+def _convert(parsed: argparse.Namespace) -> int:
     from ..search.convert import convert_index
 
-    if len(others) != 1:
+    if len(parsed.others) != 1:
         raise UsageError("convert takes the old index and a folder for the new one")
-    print(f"{others[0]}: {convert_index(folder, others[0])} images; {folder} may be deleted")
+    (new,) = parsed.others
+    print(f"{new}: {convert_index(parsed.index, new)} images; {parsed.index} may be deleted")
     return 0
 
 

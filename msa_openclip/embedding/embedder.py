@@ -53,7 +53,9 @@ class Embedder:
         readers: threads that read and decode while the tower works.
         threads: of the tower, for this process as a whole; None leaves them as they are (OMP_NUM_THREADS, which Ray,
             Spark and torchrun set). Workers that share a machine take cores / workers each.
-        vectors: `float16`, as indexes keep them; `float32` for engines that have no half precision (Spark, Daft).
+        vectors: `float16`, in lists of fixed size, as indexes keep them; `float32`, in plain lists, for engines and
+            their files: Spark and Daft have no half precision, Spark no fixed size, and Parquet loses fixed sizes
+            beside nulls.
     Raises:
         ModelError: the model cannot be loaded, or is another than the one that was pickled.
         ValueError: an argument is unknown or out of range.
@@ -156,8 +158,9 @@ class Embedder:
                 continue
             width = int(np.prod(shape))
             flat = pa.array(np.empty(0, np.float16) if values is None else values.ravel()).cast(dtype)
-            column = pa.FixedSizeListArray.from_arrays(flat, width)
-            table = table.append_column(name, column.take(place))
+            column = pa.FixedSizeListArray.from_arrays(flat, width).take(place)
+            plain = self._how["vectors"] == "float32"
+            table = table.append_column(name, column.cast(pa.list_(dtype)) if plain else column)
         return table.append_column(_ERROR, pa.array(encoded.problems, pa.string()))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from . import places
 from .condition import ConditionError, matching
-from .schema import bounds, instant
+from .schema import instant
 from .tiles import Tiles
 
 _SHOWN = 200  # letters of an expression in a complaint
@@ -72,7 +72,7 @@ class SearchFilter:
             allowed &= _true(pc.greater_equal(times, since)) if since else True
             allowed &= _true(pc.less(times, end)) if end else True
         for region in self._regions():
-            allowed &= places.overlap(region, *_outlines(tiles))
+            allowed &= places.overlap(region, tiles.bounds, lambda rows: tiles.values("geometry", rows))
         if self.where:
             allowed &= _matching(self.where, tiles)
         return allowed
@@ -113,16 +113,6 @@ def _after(text: str, start: datetime | None) -> datetime | None:
 def _true(values: pa.ChunkedArray) -> NDArray[np.bool_]:
     found: NDArray[np.bool_] = pc.fill_null(values, False).to_numpy()
     return found
-
-
-def _outlines(tiles: Tiles) -> tuple[NDArray[np.float64], Any]:
-    """Bounds (n, 4) of all images, and what gives the outlines (k,) of some rows (k,)."""
-
-    def some(rows: NDArray[np.int64]) -> list[bytes]:
-        found: list[bytes] = tiles.columns(["geometry"])["geometry"].take(rows).to_pylist()
-        return found
-
-    return bounds(tiles.columns(["bbox"])), some
 
 
 def _matching(expression: str, tiles: Tiles) -> NDArray[np.bool_]:

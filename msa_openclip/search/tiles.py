@@ -6,14 +6,16 @@ import bisect
 import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from ..data.captioned import CaptionedImage
 from .checksums import CheckedFile
 from .files import damaged, open_parquet, read_columns
-from .schema import to_images
+from .schema import bounds, to_images
 
 
 class _Part:
@@ -83,9 +85,12 @@ class Tiles(Sequence[CaptionedImage]):
     def __init__(self) -> None:
         self._parts: list[_Part] = []
         self._ends: list[int] = []
+        self._schema: pa.Schema | None = None
+        self._bounds: NDArray[np.float64] | None = None
 
     def append(self, segment: Path, checked: CheckedFile, images: int) -> None:
         """Add the images of a segment; nothing is read yet."""
+        self._schema = self._bounds = None
         self._parts.append(_Part(segment, checked, images))
         self._ends.append(len(self) + images)
 
@@ -107,7 +112,25 @@ class Tiles(Sequence[CaptionedImage]):
     @property
     def schema(self) -> pa.Schema:
         """The columns of all segments; one that is of several kinds is text."""
-        return united(part.schema for part in self._parts)
+        if self._schema is None:
+            self._schema = united(part.schema for part in self._parts)
+        return self._schema
+
+    @property
+    def bounds(self) -> NDArray[np.float64]:
+        """(n, 4) of all outlines, NaN where nothing is known; decoded once and kept, each side together."""
+        if self._bounds is None:
+            self._bounds = np.asfortranarray(bounds(self.columns(["bbox"])))
+        return self._bounds
+
+    def values(self, name: str, rows: NDArray[np.int64]) -> list[Any]:
+        """Values of a column (k,) in some ascending rows (k,); other segments are not read."""
+        segment, found = np.searchsorted(self._ends, rows, side="right"), list[Any]()
+        for number in np.unique(segment).tolist():
+            first = self._ends[number] - self._parts[number].images
+            column = self._parts[number].table([name])[name]
+            found += column.take(pa.array(rows[segment == number] - first)).to_pylist()
+        return found
 
     def columns(self, names: Sequence[str]) -> pa.Table:
         """Some columns of all images, in their order; null where a segment lacks one."""

@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers.retrieval_data import randomise, scene, write_shards
 
+from msa_openclip.commands.embed import _device_of_rank
 from msa_openclip.commands.main import main
 
 COUNT = 24
@@ -98,6 +99,12 @@ def test_ranks_share_the_partitions(spec: str, tiles: str, tmp_path: Path, monke
         assert main(["embed", spec, str(tmp_path / "two"), *command]) == 0
         assert len(list((tmp_path / "two").glob("*.parquet"))) == (2 if rank == "1" else 5)
     assert rows(tmp_path / "one") == rows(tmp_path / "two")
+
+
+def test_each_rank_of_torchrun_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _device_of_rank("cuda") == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [_device_of_rank(name) for name in ("cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:1", "cpu"]
 
 
 def test_on_ray_a_killed_worker_changes_nothing(

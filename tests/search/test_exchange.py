@@ -197,6 +197,10 @@ def test_commands(built: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == f"{parts}: 7 images as GeoParquet, with their vectors\n"
     assert cli.main(["index", "import", new, f"{parts}/*.parquet"]) == 0
     assert capsys.readouterr().out == f"{new}: 7 images added, 0 were there already\n"
+    large = str(tmp_path / "large")
+    assert cli.main(["index", "import", large, f"{parts}/*.parquet", "--segment-images", "2"]) == 0
+    assert max(segment.images for segment in read_manifest(Path(large)).segments) == 2
+    capsys.readouterr()
     for bad, message in [
         (["export", built], "export takes an index and a folder"),
         (["import", new], "import takes an index and Parquet files"),

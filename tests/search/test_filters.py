@@ -254,3 +254,20 @@ def test_images_and_columns_of_all_segments(tiles: Tiles) -> None:
     assert tiles[4:6] == [tiles[4], tiles[5]]
     assert tiles.columns(["gsd"])["gsd"].to_pylist() == ["0.5", "0.5", "0.5", "10 m", "10 m", "10 m"]
     assert tiles.columns(["datetime"])["datetime"][2].as_py() == datetime(2020, 2, 29, tzinfo=timezone.utc)
+
+
+def test_bounds_and_values_of_some_rows(tmp_path: Path) -> None:
+    images = [
+        CaptionedImage(f"i{number}", Location("a.tif"), (), metadata={"geo": {"footprint": square(number, 50)}})
+        for number in range(5)
+    ]
+    tiles = tiles_of(tmp_path, [images[:2], images[2:3]])
+    assert tiles.bounds[:, 0].tolist() == [0, 1, 2]
+    assert (
+        tiles.bounds is tiles.bounds
+    )  # decoded once: a query over a million takes milliseconds, not a tenth of a second
+    (tmp_path / "late.parquet").write_bytes(parquet(to_table(images[3:]), PRODUCT))
+    tiles.append(tmp_path, CheckedFile(tmp_path / "late.parquet", checksums(tmp_path / "late.parquet")), 2)
+    assert tiles.bounds[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert tiles.values("id", np.array([1, 2, 4])) == ["i1", "i2", "i4"]
+    assert tiles.values("id", np.array([], dtype=np.int64)) == []
