@@ -50,3 +50,14 @@ def test_cited_sections_of_the_method_exist() -> None:
     }
     assert len(cited) > 5
     assert cited <= sections
+
+
+def test_promised_tests_exist() -> None:
+    """Every test and file of tests that the page of promises names."""
+    page = (ROOT / "docs/promises.md").read_text(encoding="utf-8")
+    files = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    defined = {name for text in files.values() for name in re.findall(r"^def (test_\w+)", text, flags=re.MULTILINE)}
+    named = set(re.findall(r"`(?:tests/[\w/]+\.py::)?(test_\w+)`", page))
+    assert len(named) > 60
+    assert sorted(named - defined) == []
+    assert sorted(set(re.findall(r"tests/[\w/]+\.py", page)) - files.keys()) == []

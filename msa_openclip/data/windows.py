@@ -23,6 +23,7 @@ from typing import Any
 from ..shards.records import ImageProblem
 from ..shards.storage import store
 from .captioned import CaptionedImage, EvalDataError
+from .outlines import OutlineError, from_wkb, from_wkt
 from .scenes import Skipped, Window, scene_version, window_tile
 from .steady_scenes import steady_scene
 from .streams import StreamError, read_if_there
@@ -128,12 +129,12 @@ def _bounds(geometry: Any) -> tuple[float, ...] | None:
     if geometry is None:
         return None
     try:
-        import shapely
+        import shapely  # noqa: F401 - for its absence
     except ImportError as error:
         raise EvalDataError("a list of geometries needs shapely: pip install 'msa_openclip[archive]'.") from error
     try:
-        shape = shapely.from_wkb(geometry) if isinstance(geometry, bytes) else shapely.from_wkt(str(geometry))
-    except shapely.errors.ShapelyError:
+        shape = from_wkb([geometry])[0] if isinstance(geometry, bytes) else from_wkt(str(geometry))
+    except OutlineError:
         return None
     return None if shape is None or shape.is_empty else tuple(shape.bounds)
 

@@ -15,6 +15,7 @@ from ..data.captioned import CaptionedImage
 from ..data.pixels import decode, load_dates, load_image
 from ..explain.explanation import explain
 from ..explain.figure import spotlight, view
+from ..search import places
 from ..search.filters import SearchError, SearchFilter
 from ..search.schema import bounds
 from ..search.searcher import Hit, Searcher
@@ -121,7 +122,8 @@ def _shown(hit: Hit) -> dict[str, Any]:
     """An answer; whatever others wrote is text without control characters."""
     assert hit.image is not None
     about = hit.image.metadata
-    date = (about.get("meta") or {}).get("date")
+    meta = about.get("meta")
+    date = meta.get("date") if isinstance(meta, Mapping) else None
     return {
         "row": hit.row,
         "score": hit.score,
@@ -131,8 +133,14 @@ def _shown(hit: Hit) -> dict[str, Any]:
         "class": hit.image.label and printable(hit.image.label),
         "date": date and printable(str(date)),
         "captions": [printable(caption) for caption in hit.image.captions],
-        "place": (about.get("geo") or {}).get("footprint"),
+        "place": _place(about),
     }
+
+
+def _place(about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The outline, if it is one: where no column holds it, it is what somebody wrote into JSON."""
+    (wkb,) = places.outlines([about])
+    return places.geojson(wkb) if wkb else None
 
 
 def _filter(asked: Mapping[str, str]) -> SearchFilter | None:

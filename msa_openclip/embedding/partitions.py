@@ -17,7 +17,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,12 +118,21 @@ def write_vectors(partition: Partition, embedder: Embedder, folder: str) -> Writ
     ]
     # First what is left out, so that a whole partition always has its list beside it.
     if left_out:
-        store.write_text(_left_out_file(url), "".join(json.dumps(row) + "\n" for row in left_out))
+        lines = "".join(json.dumps(row) + "\n" for row in left_out)
+        _despite_others(lambda: store.write_text(_left_out_file(url), lines))
     else:
         store.remove(_left_out_file(url))
     whole = columns.filter(pc.is_null(columns["error"])).drop_columns(["error"])
-    write_partition(url, whole, embedder.product)
+    _despite_others(lambda: write_partition(url, whole, embedder.product))
     return Written(url, len(whole), tuple(map(_skipped, left_out)), new=True)
+
+
+def _despite_others(write: Callable[[], None]) -> None:
+    """Write once more where another worker, given the same partition, took the half-written file for a left-over."""
+    try:
+        write()
+    except FileNotFoundError:
+        write()
 
 
 def _name(number: int, table: pa.Table, product: Product) -> str:

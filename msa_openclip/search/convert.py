@@ -63,8 +63,9 @@ def _convert(source: Path, segment: Segment, root: Path, manifest: Manifest) -> 
     files = or_damaged(folder, partial(_checked, folder, segment))
     images = [image for image, _ in or_damaged(folder, partial(_lines, files["records.jsonl"]))]
     rejected = or_damaged(folder, partial(_lines, files["rejected.jsonl"]))
+    # As many rows as there are records, which may be fewer than were written.
     features, projected = (
-        Vectors(folder, files[name], len(images)).block(0, len(images)) if name in files and images else None
+        Vectors(folder, files[name], len(images)).block(0, len(images)) if name in files and segment.images else None
         for name in ("features.npy", "projected.npy")
     )
     bad = [image for image, _ in rejected]

@@ -16,8 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from ..shards.storage import store
 from ..shards.storage.locking import one_writer
@@ -37,9 +39,21 @@ from .files import (
     write_segment,
 )
 from .options import SEGMENT_IMAGES
-from .schema import VECTORS, Product, SchemaError, conform, parquet, product_of, to_images, vectors, with_vectors
+from .schema import (
+    VECTORS,
+    Product,
+    SchemaError,
+    conform,
+    parquet,
+    placed,
+    product_of,
+    to_images,
+    vectors,
+    with_vectors,
+)
 from .vectors import Vectors
 
+_ROUNDING = 0.02  # of vectors of length 1 in bfloat16
 _log = logging.getLogger(__name__)
 
 
@@ -198,7 +212,9 @@ def read_tables(url: str, rows: int) -> Iterator[pa.Table]:
     try:
         with store.open_read(url) as file:
             for batch in pq.ParquetFile(file).iter_batches(batch_size=rows, use_threads=False):
-                yield conform(pa.Table.from_batches([batch]))
+                yield placed(conform(pa.Table.from_batches([batch])))
+    except SchemaError as error:
+        raise ImageIndexError(f"{url}: {error}.") from error
     except (OSError, ValueError, pa.ArrowException) as error:
         raise _not_whole(url, error) from error
 
@@ -207,7 +223,7 @@ def _new_rows(url: str, table: pa.Table, known: Known) -> tuple[pa.Table, int]:
     """The rows that are not in the index yet, and how many are; ids that name two images are refused."""
     try:
         images = to_images(table.drop_columns([name for name in VECTORS if name in table.column_names]))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ImageIndexError(
             f"{url}: a row is not what a partition holds ({type(error).__name__}: {error})."
         ) from error
@@ -223,10 +239,19 @@ def _new_rows(url: str, table: pa.Table, known: Known) -> tuple[pa.Table, int]:
     return table.take(pa.array(fresh, pa.int64())) if seen else table, seen
 
 
+def _require_length_one(features: NDArray[np.float16]) -> None:
+    """Raise SchemaError unless all global features (n, E) are normalised: a longer one would win every search."""
+    length = np.linalg.norm(features.astype(np.float32), axis=1)
+    worst = float(length[np.abs(length - 1).argmax()]) if len(length) else 1.0
+    if abs(worst - 1) > _ROUNDING:
+        raise SchemaError(f"column `global`: a vector of length {worst:.3g}, expected 1; normalise them")
+
+
 def _write(root: Path, url: str, table: pa.Table, product: Product, manifest: Manifest) -> str:
     """Write rows as a segment, unless it is there; returns its name."""
     try:
         features, projected = vectors(table, product)
+        _require_length_one(features)
     except SchemaError as error:
         raise ImageIndexError(f"{url}: {error}.") from error
     name = hashlib.sha256(parquet(table, product)).hexdigest()[:16]

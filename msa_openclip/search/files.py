@@ -252,6 +252,9 @@ def read_columns(segment: Path, file: pq.ParquetFile, names: Sequence[str], rows
     Raises:
         ImageIndexError: it is damaged, or another number of rows is there.
     """
+    there = file.metadata.num_rows
+    if rows is not None and there != rows:  # before anything is decoded: any number may stand there
+        raise damaged(segment, f"Parquet: {there} rows, expected {rows}")
     try:
         table = file.read(list(names), use_threads=False).select(list(names))
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:

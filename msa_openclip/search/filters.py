@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from ..data.outlines import OutlineError
 from . import places
 from .condition import ConditionError, matching
 from .schema import instant
@@ -72,7 +73,10 @@ class SearchFilter:
             allowed &= _true(pc.greater_equal(times, since)) if since else True
             allowed &= _true(pc.less(times, end)) if end else True
         for region in self._regions():
-            allowed &= places.overlap(region, tiles.bounds, lambda rows: tiles.values("geometry", rows))
+            try:
+                allowed &= places.overlap(region, tiles.bounds, lambda rows: tiles.values("geometry", rows))
+            except OutlineError as error:
+                raise SearchError(f"bbox, polygon: {error}; the index is damaged, build it again.") from error
         if self.where:
             allowed &= _matching(self.where, tiles)
         return allowed

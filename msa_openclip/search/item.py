@@ -44,7 +44,8 @@ def item_text(root: Path, manifest: Manifest) -> str:
         table = read_columns(folder, parquet, ["bbox", "datetime"])
         if segment.images:
             product = or_damaged(folder, partial(product_of, parquet.schema_arrow, TILES))
-        times += [time for time in pc.min_max(table["datetime"]).as_py().values() if time]
+        span = or_damaged(folder, pc.min_max(table["datetime"]).as_py)
+        times += [time for time in span.values() if time]
         found = bounds(table)
         found = found[found[:, 0] == found[:, 0]]
         if len(found):

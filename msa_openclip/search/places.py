@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.outlines import from_wkb, from_wkt
+
 _HILBERT_BITS = 16  # a cell is 600 m wide at the equator
 
 
@@ -43,7 +45,7 @@ def _outline(geo: Any) -> bytes | None:
     try:
         shape = module.geometry.shape(drawn)
         west, south, east, north = shape.bounds  # of an empty shape NaN, which compares as false
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, module.errors.ShapelyError):
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, module.errors.ShapelyError):
         return None
     on_earth = west >= -180 and east <= 180 and south >= -90 and north <= 90
     return bytes(module.to_wkb(shape)) if on_earth else None
@@ -62,14 +64,31 @@ def _footprint(geo: Mapping[str, Any]) -> Any:
 
 
 def geojson(wkb: bytes) -> dict[str, Any]:
-    """A geometry as GeoJSON."""
-    module = shapely()
-    drawn = module.geometry.mapping(module.from_wkb(wkb))
-    return {"type": drawn["type"], "coordinates": _lists(drawn["coordinates"])}
+    """A geometry as GeoJSON.
+
+    Raises:
+        OutlineError: it is no WKB.
+    """
+    found: dict[str, Any] = _plain(shapely().geometry.mapping(from_wkb([wkb])[0]))
+    return found
 
 
-def _lists(value: Any) -> Any:
-    return [_lists(part) for part in value] if isinstance(value, (tuple, list)) else value
+def _plain(value: Any) -> Any:
+    """With lists in place of tuples."""
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, (tuple, list)) else value
+
+
+def or_boxes(wkb: Sequence[bytes | None], bounds: NDArray[np.float64]) -> list[bytes | None]:
+    """The outlines, and where there is none, the box of its bounds (n, 4), if these are known."""
+    boxed = np.flatnonzero(np.array([one is None for one in wkb], np.bool_) & np.isfinite(bounds).all(axis=1))
+    found = list(wkb)
+    if len(boxed):
+        module = shapely()
+        for row, drawn in zip(boxed.tolist(), module.to_wkb(module.box(*bounds[boxed].T)), strict=True):
+            found[row] = bytes(drawn)
+    return found
 
 
 def bounds(wkb: Sequence[bytes | None]) -> NDArray[np.float64]:
@@ -77,7 +96,7 @@ def bounds(wkb: Sequence[bytes | None]) -> NDArray[np.float64]:
     if not any(wkb):
         return np.full((len(wkb), 4), np.nan)
     module = shapely()
-    found: NDArray[np.float64] = module.bounds(module.from_wkb(np.array(wkb, dtype=object)))
+    found: NDArray[np.float64] = module.bounds(from_wkb(wkb))
     return found
 
 
@@ -86,7 +105,7 @@ def geometry_types(wkb: Sequence[bytes | None]) -> list[str]:
     if not any(wkb):
         return []
     module = shapely()
-    kinds = module.get_type_id(module.from_wkb(np.array(wkb, dtype=object)))
+    kinds = module.get_type_id(from_wkb(wkb))
     return sorted(
         {str(module.GeometryType(kind).name).title().replace("Multip", "MultiP") for kind in kinds if kind >= 0}
     )
@@ -139,7 +158,7 @@ def polygon(text: str) -> Any:
     """
     module = shapely()
     try:
-        drawn = _geojson_shape(module, json.loads(text)) if text.lstrip().startswith("{") else module.from_wkt(text)
+        drawn = _geojson_shape(module, json.loads(text)) if text.lstrip().startswith("{") else from_wkt(text)
         west, south, east, north = drawn.bounds
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, module.errors.ShapelyError) as error:
         raise PlaceError(f"polygon: neither WKT nor GeoJSON ({error}).") from error
@@ -186,5 +205,5 @@ def overlap(
             found |= (xmin >= west) & (xmax <= east) & (ymin >= south) & (ymax <= north)
     open_rows = np.flatnonzero(near & ~found).astype(np.int64)
     module.prepare(region)
-    found[open_rows] = module.intersects(region, module.from_wkb(np.array(outlines(open_rows), dtype=object)))
+    found[open_rows] = module.intersects(region, from_wkb(outlines(open_rows)))
     return found

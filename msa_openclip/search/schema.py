@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..data.captioned import CaptionedImage
+from ..data.outlines import OutlineError
 from ..shards.records import Location
 from ..shards.storage import store
 from . import places
@@ -58,6 +59,7 @@ COLUMNS = pa.schema(
     ]
 )
 VECTORS = ("global", "match")
+_MOST_NUMBERS = 1 << 16  # of a vector
 _MOST_COLUMNS = 256  # of names in `meta`; the others stay in `metadata`
 _YEAR_OR_MONTH = re.compile(r"\d{4}(-\d{2})?")
 
@@ -235,7 +237,9 @@ def described(schema: pa.Schema, name: str) -> Product:
             embed_dim=int(known["embed_dim"]),
             match_shape=(int(shape[0]), int(shape[1])) if shape else None,
         )
-    except (KeyError, ValueError, TypeError, IndexError) as error:
+        if not all(0 < size <= _MOST_NUMBERS for size in (product.embed_dim, *(product.match_shape or ()))):
+            raise ValueError(f"vectors of {product.embed_dim} and {product.match_shape} numbers")
+    except (KeyError, ValueError, TypeError, IndexError, OverflowError, RecursionError) as error:
         raise SchemaError(
             f"{name}: its metadata has no key `msa_openclip` that tells model and shapes of its vectors; write it with "
             "`msa-openclip index export`, or set the key."
@@ -248,15 +252,47 @@ def conform(table: pa.Table) -> pa.Table:
     Raises:
         SchemaError: values do not fit.
     """
-    wanted = [
-        table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
-        for field in COLUMNS
-    ]
-    result = pa.Table.from_arrays(wanted, schema=COLUMNS)
+    result = pa.Table.from_arrays([_column(table, field) for field in COLUMNS], schema=COLUMNS)
     for name in table.column_names:
         if name not in COLUMNS.names:
             result = result.append_column(name, table[name])
     return result
+
+
+def _column(table: pa.Table, field: pa.Field) -> pa.ChunkedArray:
+    """A column of COLUMNS in its type; null, if the table lacks it."""
+    if field.name not in table.column_names:
+        return pa.chunked_array([pa.nulls(len(table), field.type)])
+    try:
+        column = table[field.name].cast(field.type)
+    except (pa.ArrowException, OverflowError) as error:
+        raise SchemaError(f"column `{field.name}`: {str(error).rstrip('.')}") from error
+    if column.null_count and not field.nullable:
+        raise SchemaError(
+            f"column `{field.name}`: null in {column.null_count} rows; every image needs an id and a source"
+        )
+    return column
+
+
+def placed(table: pa.Table) -> pa.Table:
+    """The table of others with bounds as its outlines have them, and boxes for outlines where only bounds are known.
+
+    Raises:
+        SchemaError: an outline is no WKB, or does not lie on Earth.
+        PlaceError: there are places, and shapely is missing.
+    """
+    try:
+        wkb = places.or_boxes(table["geometry"].to_pylist(), bounds(table))
+        around = places.bounds(wkb)
+    except OutlineError as error:
+        raise SchemaError(f"column `geometry`: {error}") from error
+    west, south, east, north = around.T  # NaN, where nothing is known, compares as false
+    if ((west < -180) | (east > 180) | (south < -90) | (north > 90)).any():
+        raise SchemaError("column `geometry`: an outline lies beyond 180 or 90 degrees, expected WGS84")
+    known = {"geometry": pa.array(wkb, pa.binary()), "bbox": _bbox(around)}
+    for name, column in known.items():
+        table = table.set_column(table.column_names.index(name), COLUMNS.field(name), column)
+    return table
 
 
 def instant(text: str) -> datetime | None:
@@ -334,7 +370,7 @@ def _image(row: Mapping[str, Any]) -> CaptionedImage:
         about["meta"] = {**_meta(about), **meta}
     if row["geometry"] is not None:
         about["geo"] = {**(about.get("geo") or {}), "footprint": places.geojson(row["geometry"])}
-    captions = tuple(row["captions"] or ())
+    captions = tuple(text for text in row["captions"] or () if text is not None)
     return CaptionedImage(row["id"], _location(row), captions, row["class"], about, row["content"] or "")
 
 
@@ -348,6 +384,9 @@ def _numbers(table: pa.Table, name: str, shape: tuple[int, ...]) -> NDArray[np.f
     width = int(np.prod(shape))
     if name not in table.column_names:
         raise SchemaError(f"no column `{name}`; expected {width} numbers a row")
+    kind = table[name].type
+    if not (_is_list(kind) and pa.types.is_floating(kind.value_type)):
+        raise SchemaError(f"column `{name}` is {kind}, expected lists of floating-point numbers")
     column = table[name].combine_chunks()
     values = np.asarray(column.flatten())  # without the values below nulls
     if not pc.all(pc.equal(pc.list_value_length(column), width), skip_nulls=False, min_count=0).as_py():
@@ -357,6 +396,10 @@ def _numbers(table: pa.Table, name: str, shape: tuple[int, ...]) -> NDArray[np.f
     if not np.isfinite(half).all():
         raise SchemaError(f"column `{name}`: numbers that float16 cannot hold")
     return half
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _file_metadata(table: pa.Table, product: Product) -> dict[str, str]:

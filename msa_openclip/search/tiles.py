@@ -44,7 +44,7 @@ class _Part:
     def image(self, row: int) -> CaptionedImage:
         try:
             return to_images(self.table(self.schema.names).slice(row, 1))[0]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise damaged(
                 self.segment, f"{self._checked.path.name} row {row}: {type(error).__name__}: {error}"
             ) from error

@@ -86,6 +86,47 @@ def test_an_answer_holds_what_the_page_shows(answers: Answers) -> None:
     assert answers.tile(0).startswith(b"\xff\xd8")
 
 
+def test_an_answer_can_be_sent_whatever_others_wrote(searchers: dict[str, Searcher], tmp_path: Path) -> None:
+    """Outlines that are none, numbers that JSON lacks and lone surrogates, in what no column of an index holds."""
+    index = searchers["map"].index
+    outline = {"type": "Polygon", "coordinates": [[[float("nan"), "<script>"]]], "x": "\ud800"}
+    about = {"geo": {"footprint": outline}, "meta": {"date": ["\ud800", float("nan")]}}
+    images = [replace(index.images[row], image_id=f"x{row}", metadata=about) for row in range(2)]
+    images[1] = replace(images[1], metadata={"geo": {}, "meta": "none"})
+    build_index(index.model, images, str(tmp_path / "odd"))
+    hits = Answers(Searcher(ImageIndex(str(tmp_path / "odd"), index.model))).search({"q": "harbor"}, b"")
+    assert [hit["place"] for hit in hits] == [None, None]
+    json.dumps(hits, ensure_ascii=False, allow_nan=False).encode()  # as Starlette does
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
+        b"<!DOCTYPE x [<!ENTITY e SYSTEM 'file:///etc/passwd'>]><svg>&e;</svg>",
+        b"%PDF-1.4",
+        b"\x89PNG\r\n\x1a\n" + b"\0" * 99,
+        b"P6 60000 60000 255 x",
+        b"BM" + b"\xff" * 99,
+    ],
+)
+def test_pictures_that_are_none_or_too_large_are_refused(answers: Answers, picture: bytes) -> None:
+    with pytest.raises(ValueError, match="The picture cannot be read"):
+        answers.search({}, picture)
+
+
+@pytest.mark.parametrize("bbox", ["nan,nan,nan,nan", "-inf,-inf,inf,inf", "1e400,0,1,1", "0,0,9" + "9" * 5000 + ",1"])
+def test_boxes_that_are_none_are_refused(answers: Answers, bbox: str) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        answers.search({"q": "x", "bbox": bbox}, b"")
+
+
+def test_any_number_of_answers_may_be_asked_for(answers: Answers) -> None:
+    assert len(answers.search({"q": "x", "k": "9" * 4000}, b"")) == 5
+    with pytest.raises(ValueError, match="is not a whole number"):
+        answers.search({"q": "x", "k": "9" * 5000}, b"")
+
+
 def test_what_the_index_holds(searchers: dict[str, Searcher], answers: Answers) -> None:
     about = answers.about()
     assert about["images"] == 5

@@ -77,6 +77,28 @@ def test_what_is_missing_or_cut_short_is_written_again(
     assert f"{second}: not a whole file" in caplog.text
 
 
+def test_two_workers_of_one_partition_leave_one_whole_file(
+    images: list[CaptionedImage], spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second removes, as a left-over, what the first is about to give its name; both go on."""
+    from msa_openclip.shards.storage import store
+
+    embedder, (part, *_) = Embedder(spec, precision="fp32"), partitions(images, SIZE)
+    renamed, second = store.rename, []
+
+    def rename(path: str, final: str) -> None:
+        if not second:
+            second.append(None)
+            second[0] = write_vectors(part, embedder, str(tmp_path / "parts"))
+        renamed(path, final)
+
+    monkeypatch.setattr(store, "rename", rename)
+    first = write_vectors(part, embedder, str(tmp_path / "parts"))
+    assert first == second[0]
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == [Path(first.file).name]
+    assert pq.read_table(first.file).num_rows == first.rows == SIZE
+
+
 def test_names_stand_for_rows_content_and_model(images: list[CaptionedImage], spec: str, tmp_path: Path) -> None:
     names = [Path(part.file).name for part in write_all(images, spec, tmp_path / "one")]
     scene(99).save(images[4].location.url)
