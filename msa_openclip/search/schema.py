@@ -230,7 +230,7 @@ def described(schema: pa.Schema, name: str) -> Product:
     try:
         known = json.loads((schema.metadata or {})[b"msa_openclip"])
         shape = known["match_shape"]
-        return Product(
+        product = Product(
             model=str(known["model"]),
             fingerprint=str(known["fingerprint"]),
             settings=dict(known["settings"]),
@@ -239,6 +239,7 @@ def described(schema: pa.Schema, name: str) -> Product:
         )
         if not all(0 < size <= _MOST_NUMBERS for size in (product.embed_dim, *(product.match_shape or ()))):
             raise ValueError(f"vectors of {product.embed_dim} and {product.match_shape} numbers")
+        return product
     except (KeyError, ValueError, TypeError, IndexError, OverflowError, RecursionError) as error:
         raise SchemaError(
             f"{name}: its metadata has no key `msa_openclip` that tells model and shapes of its vectors; write it with "
