@@ -38,7 +38,7 @@ EXTRAS = {
     "geo": ["rasterio>=1.3", "shapely>=2.0"],  # GeoTIFF: bands, stretch, tiles, coordinates; their outlines in indexes
     "stac": ["pystac>=1.8", "rasterio>=1.3", "shapely>=2.0"],  # scenes of STAC catalogues
     "archive": ["shapely>=2.0", "duckdb>=1.1"],  # outlines on Earth and filter expressions of indexes
-    "lancedb": ["lancedb>=0.30"],  # indexes as tables of LanceDB, its queries re-ranked
+    "lancedb": ["lancedb>=0.40"],  # indexes as its tables; `create_index(config=...)` of the docs is younger than 0.30
     "parquet": ["pyarrow>=15"],  # kept for who names it; pyarrow is there anyway
     "hf": ["datasets>=2.18"],  # Hugging Face data sets on disk as captions
     "s3": ["s3fs>=2024.2"],

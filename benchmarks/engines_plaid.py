@@ -1,0 +1,74 @@
+"""A ColBERT-style engine, fast-plaid, on patch tokens: bytes an image, milliseconds a query; run by engines.py.
+
+    python benchmarks/engines_plaid.py FOLDER RECORDS
+
+It needs fast-plaid, which is built for one version of torch, and nothing of this package.  Tokens are synthetic: 49 an
+image, of 128 numbers, each near one of 2,000 centres, an image's near six of them; queries have 12 tokens, each near
+one of an image's.  Exact is the sum over the query's tokens of the largest product, over all images.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from fast_plaid.search import FastPlaid
+
+TOKENS, WIDTH, CENTRES, OWN, QUERIES, QUERY_TOKENS, WARM_UP, TOP = 49, 128, 2_000, 6, 50, 12, 5, 10
+
+
+def drawn(records: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of images (n, 49, 128) and of queries (Q, 12, 128), of length 1."""
+    torch.manual_seed(0)
+    centres = torch.randn(CENTRES, WIDTH)
+    own = torch.randint(CENTRES, (records, OWN))
+    which = own.gather(1, torch.randint(OWN, (records, TOKENS)))
+    images = torch.nn.functional.normalize(centres[which] + 0.7 * torch.randn(records, TOKENS, WIDTH), dim=-1)
+    asked = torch.randint(records, (QUERIES + WARM_UP,))
+    tokens = images[asked][:, torch.randperm(TOKENS)[:QUERY_TOKENS]]
+    queries = torch.nn.functional.normalize(tokens + 0.05 * torch.randn_like(tokens), dim=-1)
+    return images, queries
+
+
+def exact(images: torch.Tensor, query: torch.Tensor) -> set[int]:
+    """The ten best by the sum of maxima."""
+    parts = [(part @ query.T).amax(dim=1).sum(dim=1) for part in images.split(1_000)]
+    return set(torch.cat(parts).topk(TOP).indices.tolist())
+
+
+def main() -> None:
+    folder, records = Path(sys.argv[1]), int(sys.argv[2])
+    torch.set_num_threads(1)
+    images, queries = drawn(records)
+    shutil.rmtree(folder, ignore_errors=True)
+    engine = FastPlaid(index=str(folder), device="cpu")
+    start = time.perf_counter()
+    engine.create(documents_embeddings=list(images.half().float()), nbits=4, kmeans_niters=4, n_samples_kmeans=2_000)
+    build_s = time.perf_counter() - start
+    times, recalls = [], []
+    for query in queries:
+        start = time.perf_counter()
+        (found,) = engine.search(query[None], top_k=TOP, show_progress=False)
+        times.append(1e3 * (time.perf_counter() - start))
+        recalls.append(len({row for row, _ in found} & exact(images, query)) / TOP)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    row = {
+        "engine": f"fast-plaid {version('fast-plaid')}",
+        "setting": f"{TOKENS} synthetic tokens of {WIDTH} numbers, 4 bits, recall against its own exact MaxSim",
+        "records": records,
+        "recall_at_10": round(statistics.mean(recalls), 4),
+        "find_ms": {"p50": round(statistics.median(times[WARM_UP:]), 2)},
+        "build_s": round(build_s, 1),
+        "bytes_per_image": round(size / records),
+    }
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
