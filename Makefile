@@ -21,8 +21,8 @@ fuzz-package: install  ## Fuzz index files, configurations and results with fres
 	end=$$(( $$(date +%s) + 60 * $(MINUTES) )); while [ $$(date +%s) -lt $$end ]; do \
 	  FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest -q tests/fuzz/test_fuzz_package.py || exit 1; done
 
-kills: install  ## Kill shard builds at random moments, let them go on, compare: make kills [TIMES=12]
-	$(BIN)/python tests/fuzz/kills.py --times $(TIMES)
+kills: install  ## Kill builds, indexing, embedding ... at random moments, let them go on, compare: make kills [TIMES=12] [ARGS="embed"]
+	$(BIN)/python tests/fuzz/kills.py --times $(TIMES) $(ARGS)
 
 lint: install  ## Lint and type checks
 	$(BIN)/ruff check .

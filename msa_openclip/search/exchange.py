@@ -169,7 +169,7 @@ def read_product(url: str) -> Product:
     try:
         with store.open_read(url) as file:
             return product_of(pq.read_schema(file), url)
-    except SchemaError as error:
+    except (SchemaError, store.NotReadable) as error:
         raise ImageIndexError(str(error)) from error
     except (OSError, ValueError, pa.ArrowException) as error:
         raise _not_whole(url, error) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,12 @@ def test_metadata_that_is_none_is_named(known: bytes, tmp_path: Path) -> None:
     write(tmp_path / "p.parquet", {}, {b"msa_openclip": known})
     with pytest.raises(ImageIndexError, match=r"p\.parquet: .*no key `msa_openclip` that tells"):
         import_partitions(str(tmp_path / "index"), [str(tmp_path / "p.parquet")])
+
+
+def test_a_pipe_is_refused_unopened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "p.parquet")
+    with pytest.raises(ImageIndexError, match=r"p\.parquet: not a regular file but a pipe"):
+        import_partitions(str(tmp_path / "index"), [str(tmp_path)])
 
 
 BOX = {"xmin": 0.0, "ymin": 0.0, "xmax": 9.0, "ymax": 1.0}
