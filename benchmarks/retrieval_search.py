@@ -4,36 +4,30 @@
     python benchmarks/retrieval_search.py --records 10000 100000 1000000 --scratch FOLDER \\
         --out docs/results/retrieval_search.json
 
-The indexes are written through the product's own writer and kept in FOLDER (5 GB for a million records), so that
-building them, which takes minutes, and asking them can be two calls.  Weights are random; global features lie around
-2,000 centres, those of the queries too, since random weights give all texts much the same one.
+The indexes are those of index_scale.py, kept in FOLDER (5.3 GB for a million records), so that building them, which
+takes minutes, and asking them can be two calls.  Weights are random; global features lie around 2,000 centres, those
+of the queries too, since random weights give all texts much the same one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import time
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from index_scale import build as build_index
+from index_scale import unit_vectors
 from retrieval_common import WARM_UP, timings, write_result
 
 from msa_openclip.evaluation.loading import LoadedModel, load
 from msa_openclip.evaluation.scorer import EncodedTexts, Scorer
-from msa_openclip.search.build import fingerprint
-from msa_openclip.search.files import Manifest, write_manifest, write_segment
 from msa_openclip.search.index import ImageIndex
 from msa_openclip.search.nearest import nearest
 from msa_openclip.search.searcher import Searcher, scan
 
-CENTRES, SEGMENT = 2_000, 50_000
-KNOWN = {"place": {"url": "nowhere.tar", "offset": 512, "size": 20000}, "captions": [], "label": "x", "about": {}}
 QUERIES = ("many planes are parked beside a terminal", "a river winds through green fields near a village")
 
 
@@ -46,41 +40,14 @@ class Spread(Scorer):
         return encoded._replace(feature=torch.from_numpy(unit_vectors(int(ids.sum()), count, width)))
 
 
-@cache
-def centres(width: int) -> NDArray[np.float32]:
-    """(CENTRES, width)."""
-    return np.random.default_rng(0).standard_normal((CENTRES, width), dtype=np.float32)
-
-
-def unit_vectors(seed: int, count: int, width: int) -> NDArray[np.float32]:
-    """Random (count, width) around CENTRES centres, which are the same for every seed."""
-    generator = np.random.default_rng(seed)
-    values = centres(width)[generator.integers(0, CENTRES, count)]
-    values += generator.standard_normal((count, width), dtype=np.float32)
-    return values / np.linalg.norm(values, axis=1, keepdims=True)
-
-
 def build(model: LoadedModel, records: int, kind: str, scratch: str) -> tuple[Path, dict[str, float]]:
     """An index and what its nearest are found by; what is there already is not built again."""
-    root = Path(scratch) / f"{model.spec.split('=')[0]}-{records}"
+    root, written_s = build_index(model, records, Path(scratch))
     start = time.perf_counter()
-    if not (root / "index.json").exists():
-        shutil.rmtree(root, ignore_errors=True)
-        width, mscmat = model.scorer.model.text.output_dim, model.scorer.model.mscmat
-        shape = (min(records, SEGMENT), model.scorer.scales, mscmat.ln_image.normalized_shape[0])
-        projected = np.random.default_rng(1).standard_normal(shape, dtype=np.float32).astype(np.float16)
-        segments = []
-        for first in range(0, records, SEGMENT):
-            features = unit_vectors(first + 1, min(SEGMENT, records - first), width).astype(np.float16)
-            rows = ({"image_id": f"tile_{first + row}", **KNOWN} for row in range(len(features)))
-            segments.append(write_segment(root, f"{first:016x}", rows, features, projected[: len(features)]))
-        write_manifest(root, Manifest(model.spec, fingerprint(model.scorer), tuple(segments)))
-    written = time.perf_counter()
     nearest(ImageIndex(str(root), model), kind)
-    seconds = {"write_s": round(written - start, 1), "build_nearest_s": round(time.perf_counter() - written, 1)}
     path = root / "built.json"
     if not path.exists():
-        path.write_text(json.dumps(seconds))
+        path.write_text(json.dumps({"write_s": written_s, "build_nearest_s": round(time.perf_counter() - start, 1)}))
     return root, dict(json.loads(path.read_text()))
 
 
