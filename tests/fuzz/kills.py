@@ -79,6 +79,7 @@ def model(folder: Path) -> str:
     (folder / "configs").mkdir()
     tiny.write_config(folder / "configs", "MSA-tiny-ViT", tiny.config("ViT", msa={}))
     os.environ["MSA_OPENCLIP_CONFIGS"] = str(folder / "configs")
+    os.environ["XDG_STATE_HOME"] = str(folder / "state")  # what `index` remembers of models
     open_clip.add_model_config(folder / "configs")
     torch.save(randomise(open_clip.create_model("MSA-tiny-ViT"), seed=3).state_dict(), folder / "msa.pt")
     return f"MSA-tiny-ViT={folder / 'msa.pt'}"
