@@ -14,6 +14,7 @@ import open_clip
 import pytest
 import torch
 from helpers import tiny
+from helpers.host import TOKENIZERS_BRING_CODE
 from helpers.retrieval_data import randomise
 from PIL import Image
 
@@ -70,10 +71,10 @@ def test_no_code_of_a_folder_runs(
 
 
 def test_the_users_word_lets_code_run(tmp_path: Path, tiny_bert: Path) -> None:
-    """Which shows that the folder of the test above is a trap."""
+    """Which shows that the folder of the test above is a trap, where open_clip itself lets tokenizers run code."""
     spec = local_dir(tmp_path / "model", tiny_bert, tmp_path / "trap", "tokenizer", trust_remote_code=True)
     load(spec, trust_remote_code=True)
-    assert (tmp_path / "trap").exists()
+    assert (tmp_path / "trap").exists() == TOKENIZERS_BRING_CODE
 
 
 @pytest.mark.parametrize("schema", ["local-dir", "hf-hub"])
@@ -102,7 +103,7 @@ def test_no_code_runs_in_training(
     if switch and part == "tokenizer":
         monkeypatch.setenv("MSA_OPENCLIP_TRUST_REMOTE_CODE", "1")
         main.get_tokenizer(name)
-        assert (tmp_path / "trap").exists()  # it is one
+        assert (tmp_path / "trap").exists() == TOKENIZERS_BRING_CODE  # it is one
 
 
 def test_the_flag_of_the_command_line_is_the_users_word(tmp_path: Path, tiny_bert: Path, capsys) -> None:
@@ -113,7 +114,7 @@ def test_the_flag_of_the_command_line_is_the_users_word(tmp_path: Path, tiny_ber
     assert "allow it yourself if you trust whoever made the model: --trust-remote-code" in capsys.readouterr().err
     assert not (tmp_path / "trap").exists()
     assert cli.main([*command, "--trust-remote-code"]) in (0, None)
-    assert (tmp_path / "trap").exists()
+    assert (tmp_path / "trap").exists() == TOKENIZERS_BRING_CODE
 
 
 class Trap:
@@ -152,7 +153,8 @@ def test_no_load_falls_back_to_pickles(tmp_path: Path, tiny_configs: Path, monke
     monkeypatch.setattr(torch, "load", failing)
     with pytest.raises(ModelError, match="cannot be loaded"):
         load(f"tiny-ViT={file}")
-    assert calls == ["1", "1"]
+    assert calls  # 4.x does not try again
+    assert set(calls) == {"1"}
     assert not (tmp_path / "ran").exists()
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 HAS_TASKS = hasattr(open_clip, "create_task")
 """open_clip 4.x, whose trainer moves a task about, and dicts."""
+TOKENIZERS_BRING_CODE = not HAS_TASKS
+"""Whether a tokenizer's folder may bring code at all; 4.x drops the switch, whoever sets it."""
 LOCKS_PROJECTIONS = HAS_TASKS
 """Whether locking a tower of timm or Hugging Face also locks the projection behind it; 3.x lets that learn."""
 MAKES_LOSS = "create_task" if HAS_TASKS else "create_loss"
