@@ -77,7 +77,7 @@ class Embedder:
                 raise ValueError(f"{name}: {value!r} is unknown; choose one of {', '.join(known)}.")
         if threads is not None:
             torch.set_num_threads(threads)
-        loaded = _loaded(model, device) if isinstance(model, str) else model
+        loaded = load(model, device) if isinstance(model, str) else model
         if precision == "auto":  # a model that was loaded in a precision of its own keeps it
             precision = fastest_precision(loaded.scorer.device) if loaded.precision == "fp32" else "fp32"
         self._how: dict[str, Any] = {
@@ -169,7 +169,7 @@ class Embedder:
 
 def _restored(product: Product, how: Mapping[str, Any]) -> Embedder:
     """An Embedder on the machine where its pickle arrived."""
-    embedder = Embedder(product.model, **how)
+    embedder = Embedder(_loaded(product.model, how["device"], product.fingerprint), **how)
     if embedder.product != product:
         raise ModelError(
             f"{product.model}: here it is another model (fingerprint {embedder.product.fingerprint[:12]}) than where "
@@ -179,8 +179,11 @@ def _restored(product: Product, how: Mapping[str, Any]) -> Embedder:
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(spec: str, device: str) -> LoadedModel:
-    """The model, once a process: some engines unpickle their functions for every task."""
+def _loaded(spec: str, device: str, fingerprint: str) -> LoadedModel:
+    """The model, once a process: some engines unpickle their functions for every task.
+
+    By its fingerprint, too, which the caller compares: of the same name there may be newer weights by now.
+    """
     return load(spec, device)
 
 

@@ -21,7 +21,7 @@ def test_plain_rows_are_scored_as_the_index_is(index: str, model: LoadedModel, s
     (hits,) = Searcher(ImageIndex(index, model)).by_text([TEXT], k=4)
     found = Rescorer(model).best(TEXT, candidates_of(rows, described), k=4).to_pylist()
     assert [row["id"] for row in found] == [hit.image.image_id for hit in hits if hit.image]
-    assert [row["score"] for row in found] == pytest.approx([hit.score for hit in hits], rel=1e-5)
+    assert [row["score"] for row in found] == pytest.approx([hit.score for hit in hits], rel=1e-5, abs=1e-5)
     assert Rescorer(model).best(TEXT, candidates_of([], described)).to_pylist() == []
     with pytest.raises(ImageIndexError, match="candidates: built with other weights"):
         Rescorer(stranger).best(TEXT, candidates_of(rows, described))

@@ -54,6 +54,7 @@ def run_block(word: str, place: Path, configs: Path) -> str:
         "PYSPARK_PYTHON": sys.executable,
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_worker_niceness": "0",
+        "RAY_ADDRESS": "local",  # not whichever cluster runs on this machine, with a folder of its own
     }
     command = [sys.executable, "-c", block.replace("MSA-ViT-B=", "MSA-tiny-ViT=")]
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=600, check=False)
