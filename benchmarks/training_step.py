@@ -39,7 +39,10 @@ def training_step(name: str, options: argparse.Namespace, *, rank: int = 0, worl
     model.train()
     if hasattr(model, "output_dict"):
         model.output_dict = True
-    loss = open_clip.create_loss(Namespace(model=name, rank=rank, world_size=world_size, **FLAGS))
+    args = Namespace(model=name, rank=rank, world_size=world_size, **FLAGS)
+    # On open_clip 4.x a task holds the loss.
+    tasks = hasattr(open_clip, "create_task")
+    loss = open_clip.create_task(args, model).loss if tasks else open_clip.create_loss(args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     size = model.visual.image_size
     if world_size > 1:
