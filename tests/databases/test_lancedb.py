@@ -67,8 +67,8 @@ def test_answers_are_those_of_the_searcher(table: Any, index: str, model: Loaded
     (hits,) = Searcher(ImageIndex(index, model), candidates=candidates).by_text([TEXT], k=3)
     best = query(table, MatchReranker(model, k=3), candidates).to_list()
     expect_hits(best, hits)
-    cosines = [row["cosine"] for row in query(table, MatchReranker(model)).to_list()]
-    assert cosines != sorted(cosines, reverse=True)  # MSCMAT changes the order
+    ratios = {round(row["_relevance_score"] / row["cosine"], 2) for row in query(table, MatchReranker(model)).to_list()}
+    assert len(ratios) > 1  # MSCMAT has a say: it is not the cosine, scaled
 
 
 def test_a_filter_of_lancedb_is_one_of_ours(table: Any, index: str, model: LoadedModel) -> None:
