@@ -12,6 +12,9 @@ batches and epochs.  `clip` is plain CLIP: the features of both towers and InfoN
 `msa_cfg`, because `--lock-image-freeze-bn-stats` takes the activations out of this backbone in open_clip 3.3's own
 model, which then learns nothing.  `clip-mlp` is the same with open_clip's MLP as image head.
 
+A model passes through `--phases`: `heads` trains what stands above locked towers, on features of six augmented views;
+`tuned` goes on from there through the towers; `direct` goes through the towers with heads that are still random.
+
 No epoch is chosen: the last one counts.  Of several learning rates (`--lrs`) the report takes the best on val by the
 first seed, for each model and set.  Models trained on RSICD are ranked on UCM too, which they have not seen; on UCM
 the captions that stand in its train part are left out ("unseen").  Finished runs are not repeated.
@@ -37,13 +40,19 @@ from msa_openclip.steps import CLI, TRAIN, shard_pattern, typed
 CONFIGS = Path(__file__).parent.parent / "model_configs"
 MODEL = "MSA-EfficientNetLite0-MiniLM"
 IMAGENET = ("--image-mean", "0.485", "0.456", "0.406", "--image-std", "0.229", "0.224", "0.225")
-LOCKS = (
-    "--lock-image", "--lock-image-unlocked-groups", "3", "--lock-image-freeze-bn-stats",
-    "--lock-text", "--lock-text-freeze-layer-norm",
-)  # fmt: skip
+LOCKED_TEXT = ("--lock-text", "--lock-text-freeze-layer-norm")
+LOCKS = {
+    "heads": ("--lock-image", *LOCKED_TEXT),
+    "tuned": ("--lock-image", "--lock-image-unlocked-groups", "3", "--lock-image-freeze-bn-stats", *LOCKED_TEXT),
+}
+LOCKS["direct"] = LOCKS["tuned"]
+AUGMENTATION = ("--aug-cfg", "dihedral=True", "scale=(0.5,1.0)")
+VIEWS = 6
+HEADS = {"rsicd": {"epochs": 16, "batch_size": 256}, "ucm": {"epochs": 30, "batch_size": 128}}
+"""Length of the phase `heads`, as in heads.md."""
+HEADS_RATE = 1e-3
 RANKINGS = ("global", "match", "fused")
-TOWER_ALONE: dict[str, Any] = {
-    "image_scales": [{"stage": 4}],
+TOWER_ALONE: dict[str, Any] = {  # the scales stay: one set of features serves all variants
     "fusion": "tower",
     "fusion_hidden": None,
     "scale_inputs": {"norm": "none", "dropout": 0.0},
@@ -102,13 +111,17 @@ class Study:
                 small = ("--resize-px", 150, "--resize-mode", "squash", "--shards", 4, "--quiet")
                 source = folder / f"dataset_{name}.json"
                 self.command(CLI, "shards", "build", source, shards, "--images", folder / "images", *small)
+        for variant in self.options.only:
+            self.configure(variant)
+
+    def configure(self, variant: str) -> None:
+        """Make lite0-VARIANT known to open_clip."""
         shipped = json.loads((CONFIGS / f"{MODEL}.json").read_text())
         shipped["vision_cfg"]["image_size"] = self.options.size
         for key in ("hf_model_name", "hf_tokenizer_name"):
             shipped["text_cfg"][key] = str(self.options.text_weights)
-        for variant in self.options.only:
-            config = merged(shipped, VARIANTS[variant])
-            (self.configs / f"lite0-{variant}.json").write_text(json.dumps(config, indent=2))
+        config = merged(shipped, VARIANTS[variant])
+        (self.configs / f"lite0-{variant}.json").write_text(json.dumps(config, indent=2))
         open_clip.add_model_config(self.configs)
 
     def start(self, variant: str, seed: int) -> Path:
@@ -124,33 +137,50 @@ class Study:
             torch.save(model.state_dict(), path)
         return path
 
-    def row(self, data: str, variant: str, lr: float, seed: int) -> dict[str, Any]:
-        """Train and rank one model, unless that was done."""
-        options = self.options
-        about = {"data": data, "variant": variant, "lr": lr, "seed": seed, "epochs": options.epochs[data]}
-        for line in self.results.read_text().splitlines() if self.results.exists() else ():
-            found: dict[str, Any] = json.loads(line)
-            if {key: found[key] for key in about} == about:
-                return found
-        name = "-".join(map(str, about.values()))
-        logs, shards = self.out / "logs", self.out / data
+    def features(self, data: str) -> Path:
+        """Outputs of the locked towers on a set's training images, the same for all variants."""
+        folder, variant = self.out / "features" / data, next(iter(VARIANTS))
+        self.configure(variant)
         self.command(
-            TRAIN, "--model", f"lite0-{variant}", "--pretrained", self.start(variant, seed), *IMAGENET, *LOCKS,
-            "--device", "cpu", "--precision", options.precision, "--dataset-type", "webdataset",
-            "--train-data", shard_pattern(shards, "train"), "--val-data", shard_pattern(shards, "val"),
-            "--aug-cfg", "dihedral=True", "scale=(0.5,1.0)", "--workers", 1, "--batch-size", 128,
-            "--epochs", options.epochs[data], "--lr", lr, "--wd", 0.1, "--warmup", 50, "--seed", seed,
-            "--save-most-recent", "--save-frequency", 0, "--val-frequency", options.epochs[data],
-            "--log-every-n-steps", 20, "--logs", logs, "--name", name,
+            CLI, "features", f"lite0-{variant}={self.start(variant, 0)}", folder, "--views", VIEWS, *AUGMENTATION,
+            "--shards", shard_pattern(self.out / data, "train"), *IMAGENET, "--workers", 0,
         )  # fmt: skip
-        checkpoint = logs / name / "checkpoints" / "epoch_latest.pt"
-        lines = (logs / name / "checkpoints" / "results.jsonl").read_text().splitlines()
-        row = about | {"val": validated(json.loads(lines[-1]))}
-        row |= self.ranked(checkpoint, variant)
+        return folder
+
+    def row(self, phase: str, data: str, variant: str, lr: float, seed: int) -> Path:
+        """Train and rank one model, unless that was done; returns its checkpoint."""
+        options = self.options
+        epochs = HEADS[data]["epochs"] if phase == "heads" else options.epochs[data]
+        about = {"phase": phase, "size": options.size, "data": data, "variant": variant, "lr": lr, "seed": seed}
+        about["epochs"] = epochs
+        name = "-".join(map(str, about.values()))
+        checkpoint = self.out / "logs" / name / "checkpoints" / "epoch_latest.pt"
+        lines = self.results.read_text().splitlines() if self.results.exists() else []
+        if any(about.items() <= json.loads(line).items() for line in lines) and (phase != "heads" or checkpoint.exists()):
+            return checkpoint
+        shards = self.features(data) if phase == "heads" else self.out / data
+        start = self.start(variant, seed)
+        if phase == "tuned":
+            start = self.row("heads", data, variant, HEADS_RATE, seed)
+        batch = HEADS[data]["batch_size"] if phase == "heads" else 128
+        steps = epochs * json.loads((self.out / data / "manifest.json").read_text())["splits"]["train"]["samples"] // batch
+        self.command(
+            TRAIN, "--model", f"lite0-{variant}", "--pretrained", start, *IMAGENET, *LOCKS[phase],
+            "--device", "cpu", "--precision", "fp32" if phase == "heads" else options.precision,
+            "--dataset-type", "webdataset",
+            "--train-data", shards / Path(shard_pattern(self.out / data, "train")).name,
+            "--val-data", shard_pattern(self.out / data, "val"), *([] if phase == "heads" else AUGMENTATION),
+            "--workers", 0 if phase == "heads" else 1, "--batch-size", batch, "--epochs", epochs, "--lr", lr, "--wd", 0.1,
+            "--warmup", steps // 10, "--seed", seed, "--save-most-recent", "--save-frequency", 0,
+            "--val-frequency", epochs, "--log-every-n-steps", 20, "--logs", self.out / "logs", "--name", name,
+        )  # fmt: skip
+        lines = (checkpoint.with_name("results.jsonl")).read_text().splitlines()
+        row = about | {"val": validated(json.loads(lines[-1]))} | self.ranked(checkpoint, variant)
         with self.results.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        checkpoint.unlink()
-        return row
+        if phase != "heads":
+            checkpoint.unlink()
+        return checkpoint
 
     def ranked(self, checkpoint: Path, variant: str) -> dict[str, dict[str, float]]:
         """mR on UCM's val and test parts: of all captions, and of those that do not stand in UCM's train part."""
@@ -258,8 +288,9 @@ def main() -> None:
     for data in options.data:
         for seed in options.seeds:
             for variant in options.only:
-                for lr in options.lrs:
-                    study.row(data, variant, lr, seed)
+                for phase in options.phases:
+                    for lr in [HEADS_RATE] if phase == "heads" else options.lrs:
+                        study.row(phase, data, variant, lr, seed)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -270,9 +301,10 @@ def parse_arguments() -> argparse.Namespace:
         run.add_argument(f"--{name}", type=Path, required=True)
     run.add_argument("--data", nargs="+", default=["rsicd", "ucm"], choices=("rsicd", "ucm"))
     run.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
-    run.add_argument("--lrs", type=float, nargs="+", default=[1e-3])
+    run.add_argument("--phases", nargs="+", choices=LOCKS, default=["heads", "tuned"], metavar="PHASE")
+    run.add_argument("--lrs", type=float, nargs="+", default=[3e-4], help="of the phases through the towers")
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    run.add_argument("--size", type=int, default=128, help="pixels")
+    run.add_argument("--size", type=int, default=160, help="pixels")
     run.add_argument("--rsicd-epochs", type=int, default=4)
     run.add_argument("--ucm-epochs", type=int, default=8)
     run.add_argument("--precision", default="amp_bf16", help="fp32 where the processor has no bf16 units")

@@ -4,6 +4,7 @@
     python recipes/run.py ucm --data UCM_captions --start remoteclip --weights RemoteCLIP-ViT-B-32.pt --out out/ucm
     python recipes/run.py rsicd --data RSICD --start imagenet --seeds 0 1 2 --out out/rsicd -- --accum-freq 2
     python recipes/run.py rsicd --data RSICD --start frozen --out out/rsicd     # heads alone, minutes on a laptop
+    python recipes/run.py rsicd --data RSICD --start imagenet-lite --out out/rsicd      # the same, then the towers
 
 Builds shards, trains with each seed, chooses the epoch of each run on val, tests it once.  Every command is printed as
 you would type it, and what is done already is not done again: after an interruption give the same command.  What
@@ -38,14 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     splits = manifest.read(str(shards))["splits"]
     for line in (*SETS[options.set].flaws, *differences(SETS[options.set], splits)):
         print(f"note: {line}")
-    if STARTS[options.start].views:
-        run(CLI, *features_command(options, shards))
+    stages = stages_of(options, splits)
+    for stage in stages:
+        if STARTS[stage.start].views:
+            run(CLI, *features_command(stage, shards))
     for seed in options.seeds:
-        folder = run_folder(options, seed)
-        if is_whole(folder / "checkpoints" / f"epoch_{options.epochs}.pt"):
-            print(f"\n{folder} is trained.")
-        else:
-            run(TRAIN, *train_command(options, shards, splits, seed))
+        for stage in stages:
+            if is_whole(last_checkpoint(stage, seed)):
+                print(f"\n{run_folder(stage, seed)} is trained.")
+            else:
+                run(TRAIN, *train_command(stage, shards, splits, seed))
     run(CLI, *test_command(options, shards))
     for seed in options.seeds:
         plot_run(run_folder(options, seed), run_folder(options, seed).with_suffix(".png"))
@@ -64,15 +67,29 @@ def shards_command(options: argparse.Namespace, shards: Path) -> list[object]:
     return ["shards", "build", captions, shards, "--images", images, "--name", options.set, *published.build]
 
 
+def stages_of(options: argparse.Namespace, splits: Mapping[str, Mapping[str, Any]]) -> list[argparse.Namespace]:
+    """The trainings one after the other, each with its options; the last one is what was asked for."""
+    if not STARTS[options.start].heads_first:
+        return [options]
+    frozen = STARTS["frozen"]
+    batch_size = min(frozen.batch_size, int(splits["train"]["samples"]))
+    changed = {"start": "frozen", "lr": frozen.lr, "epochs": frozen.epochs, "batch_size": batch_size}
+    heads = argparse.Namespace(**{**vars(options), **changed, "train": features_words(options)})
+    return [heads, argparse.Namespace(**vars(options), heads=heads)]
+
+
+def features_words(options: argparse.Namespace) -> list[str]:
+    """Of what follows `--`, what makes other features."""
+    return [word for word in options.train if word == "--force-quick-gelu"]
+
+
 def features_command(options: argparse.Namespace, shards: Path) -> list[object]:
     """`msa-openclip features ...`: outputs of the locked towers; the same command again finds them finished."""
     start = STARTS[options.start]
     model = f"{options.model}={options.weights}" if options.weights else options.model
-    # Of what follows `--`, this makes other features.
-    given = [word for word in options.train if word == "--force-quick-gelu"]
     return [
         "features", model, features_folder(options), "--shards", shard_pattern(shards, "train"),
-        "--views", start.views, *start.augmentation, *model_options(options), *given,
+        "--views", start.views, *start.augmentation, *model_options(options), *features_words(options),
         "--device", options.device, "--precision", options.precision, "--workers", options.workers,
     ]  # fmt: skip
 
@@ -90,8 +107,7 @@ def train_command(
     steps = options.epochs * max(1, int(splits["train"]["samples"]) // options.batch_size)
     every = math.ceil(options.epochs / MOST_CHECKPOINTS)
     return [
-        "--model", options.model, *(["--pretrained", options.weights] if options.weights else []),
-        *model_options(options), *start.locks,
+        "--model", options.model, *pretrained(options, seed), *start.locks,
         "--train-data", train_pattern(options, shards), "--val-data", shard_pattern(shards, "val"),
         "--dataset-type", "webdataset", *start.augmentation,
         "--epochs", options.epochs, "--batch-size", options.batch_size, "--lr", options.lr, "--wd", start.wd,
@@ -100,6 +116,14 @@ def train_command(
         "--val-frequency", every, "--save-frequency", every, "--log-every-n-steps", 20,
         "--logs", folder.parent, "--name", folder.name, "--resume", "latest", *options.train,
     ]  # fmt: skip
+
+
+def pretrained(options: argparse.Namespace, seed: int) -> list[object]:
+    """The weights that a training starts from, with what belongs to them."""
+    if heads := getattr(options, "heads", None):
+        own = [word for word in model_options(options) if word != "--pretrained-image"]
+        return ["--pretrained", last_checkpoint(heads, seed), *own]
+    return [*(["--pretrained", options.weights] if options.weights else []), *model_options(options)]
 
 
 def train_pattern(options: argparse.Namespace, shards: Path) -> str:
@@ -116,7 +140,7 @@ def model_options(options: argparse.Namespace) -> list[str]:
     from open_clip.pretrained import get_pretrained_cfg
 
     start = STARTS[options.start]
-    own = [] if start.views and options.weights else list(start.options)
+    own = [] if options.weights and "--pretrained-image" in start.options else list(start.options)
     tag = get_pretrained_cfg(options.model, options.weights) if options.weights else {}
     return [*own, *(["--force-quick-gelu"] if tag.get("quick_gelu", False) else [])]
 
@@ -133,6 +157,11 @@ def test_command(options: argparse.Namespace, shards: Path) -> list[object]:
 def run_folder(options: argparse.Namespace, seed: int) -> Path:
     """Where open_clip_train.main keeps a run."""
     return Path(options.out / "logs" / f"{options.start}-{options.model}-seed{seed}")
+
+
+def last_checkpoint(options: argparse.Namespace, seed: int) -> Path:
+    """Of a run."""
+    return run_folder(options, seed) / "checkpoints" / f"epoch_{options.epochs}.pt"
 
 
 def report_path(options: argparse.Namespace) -> Path:

@@ -92,18 +92,26 @@ def test_every_start_is_a_command_that_open_clip_takes(start, recipe, commands, 
     data = published_files.write("ucm", tmp_path / "data")
     weights = ["--weights", "weights.pt"] if recipe.STARTS[start].file else []
     recipe.main(["ucm", "--data", str(data), "--start", start, *weights, "--out", str(tmp_path / "out")])
-    parsed = parse_args(next(words for module, words in commands if module == "open_clip_train.main"))
+    *before, parsed = [parse_args(words) for module, words in commands if module == "open_clip_train.main"]
     assert parsed.model in open_clip.list_models()
     assert "msa_cfg" in open_clip.get_model_config(parsed.model)
     if start == "clip":
         assert parsed.pretrained in open_clip.list_pretrained_tags_by_model(parsed.model)
     assert parsed.force_quick_gelu == (start in ("remoteclip", "georsclip"))
-    assert parsed.pretrained_image == (start in ("imagenet", "imagenet-lite", "frozen"))
+    assert parsed.pretrained_image == (start in ("imagenet", "frozen"))
     means = {"imagenet": [0.485, 0.456, 0.406], "imagenet-lite": [0.5, 0.5, 0.5], "frozen": [0.5, 0.5, 0.5]}
     assert parsed.image_mean == means.get(start)
     assert parsed.lock_text == parsed.lock_text_freeze_layer_norm == (start in ("imagenet-lite", "frozen"))
     assert ("features" in str(parsed.train_data)) == (start == "frozen")
     assert len(list(range(0, parsed.epochs, parsed.save_frequency))) <= 10
+    assert len(before) == (start == "imagenet-lite")
+    for heads in before:  # on features, from the weights that the towers start from; the towers go on from its end
+        assert "features" in heads.train_data
+        assert heads.pretrained_image and heads.image_mean == parsed.image_mean
+        assert not heads.lock_image_unlocked_groups
+        assert parsed.lock_image_unlocked_groups == 3
+        assert parsed.pretrained == f"{heads.logs}/{heads.name}/checkpoints/epoch_{heads.epochs}.pt"
+        assert (heads.batch_size, heads.seed) == (24, parsed.seed)
 
 
 def test_a_tag_brings_its_activation_and_what_follows_the_dashes_wins(recipe, commands, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -227,10 +235,12 @@ def test_starts_for_a_laptop_run_from_files_to_test_recalls(start, tiny_bert: Pa
     command = [sys.executable, str(RECIPES / "run.py"), *given]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (out / "features").exists() == (start == "frozen")
+    heads = out / "logs" / f"frozen-tiny-{start}-seed0" / "checkpoints"
+    assert heads.exists() == (start == "imagenet-lite" or start == "frozen")
+    assert (out / "features" / f"frozen-tiny-{start}").exists()
     assert set(json.loads((out / f"{start}-tiny-{start}.json").read_text())["mean_sd"]) >= {"global", "match", "fused"}
-    (path,) = (out / "logs" / f"{start}-tiny-{start}-seed0" / "checkpoints").glob("epoch_2.pt")
-    trained = torch.load(path, weights_only=True)["state_dict"]
+    checkpoints = out / "logs" / f"{start}-tiny-{start}-seed0" / "checkpoints"
+    trained = torch.load(checkpoints / "epoch_2.pt", weights_only=True)["state_dict"]
     weights_before = {key: value for key, value in model.state_dict().items() if "num_batches" not in key}
     changed = {key for key, value in weights_before.items() if not value.equal(trained[key])}  # frozen norms count none
     assert {key.split(".")[0] for key in changed} >= {"mscmat", "fusion", "logit_scale"}

@@ -60,8 +60,10 @@ class Header:
     of the shard of images."""
 
     def settings(self) -> dict[str, Any]:
-        """All but the progress: what must not change between two calls that write the same features."""
-        return {key: value for key, value in asdict(self).items() if key != "shards"}
+        """All but the progress, as JSON has it: what must not change between two calls that write the same features."""
+        settings: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        del settings["shards"]
+        return settings
 
     def write(self, folder: str) -> None:
         """Put down features.json in one step."""

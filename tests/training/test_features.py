@@ -415,6 +415,18 @@ def test_views_are_augmented_and_drawn_by_epoch(models: Path, scenes: Path, cach
     assert seen == {0, 1, 2}
 
 
+def test_the_same_command_finds_its_augmented_features_finished(models: Path, scenes: Path, cached, capsys) -> None:  # type: ignore[no-untyped-def]
+    """What was written as JSON has lists where the command line has tuples."""
+    options = ["--views", "3", "--aug-cfg", "dihedral=True", "scale=(0.5,1.0)"]
+    three = cached("features-ViT", *options)
+    before = {path.name: path.stat().st_mtime_ns for path in three.glob("*.tar")}
+    given = ["features", f"features-ViT={models}/features-ViT.pt", str(three), "--shards", f"{scenes}/{PATTERN}"]
+    assert cli([*given, *options]) == 0, capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in three.glob("*.tar")} == before
+    assert cli([*given, *options[:-1], "scale=(0.6,1.0)"]) != 0
+    assert "holds features made with aug_cfg: {'dihedral': True, 'scale': [0.5, 1.0]}" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_goes_on_and_ends_byte_for_byte_the_same(
     models: Path, scenes: Path, cached, tmp_path
 ) -> None:  # type: ignore[no-untyped-def]
