@@ -3,6 +3,7 @@
     python benchmarks/methods.py prepare out/methods --ucm UCM --rsicd RSICD        shards, towers, features: once
     python benchmarks/methods.py run out/methods --on ucm --only clip default rrsitr --seeds 0 1 2 --rates 1e-3
     python benchmarks/methods.py run out/methods --on ucm --noise 0 0.2 0.4 0.6 0.8
+    python benchmarks/methods.py run out/methods --on ucm --only clip default --rerank
     python benchmarks/methods.py report out/methods/results.jsonl
 
 UCM and RSICD are folders with dataset_NAME.json (Karpathy's format) and images/.  Towers, locked: EfficientNet-Lite0
@@ -13,6 +14,7 @@ chosen, the last is rated, by the product's evaluator on the images themselves. 
 runs that are there are not repeated.
 
 --noise: this share of the training images swap captions among each other, within the features.
+--rerank: rate test once more with the re-rankings of `msa-openclip eval --rerank`, in lines of their own.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import random
 import shutil
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -38,6 +40,8 @@ from ucm_accuracy import mean_sd
 
 from msa_openclip import EvalSet, evaluate, read_shards
 from msa_openclip.evaluation.loading import load as load_model
+from msa_openclip.evaluation.options import RERANKINGS
+from msa_openclip.evaluation.rerank import rerank
 from msa_openclip.evaluation.scorer import main_ranking
 from msa_openclip.evaluation.seen_captions import read_train_captions
 from msa_openclip.steps import CLI, run, shard_pattern
@@ -61,6 +65,8 @@ METHODS: dict[str, dict[str, Any]] = {
 MEAN_STD = ("--image-mean", "0.485", "0.456", "0.406", "--image-std", "0.229", "0.224", "0.225")
 VIEWS = {"ucm": 6, "rsicd": 2}
 EPOCHS, BATCH = {"ucm": 12, "rsicd": 8}, {"ucm": 128, "rsicd": 256}
+BANK = 1000
+"""Training images whose queries serve `qb-norm-bank`."""
 RECALLS = ("i2t_R@1", "i2t_R@5", "i2t_R@10", "t2i_R@1", "t2i_R@5", "t2i_R@10", "mR")
 
 
@@ -237,7 +243,7 @@ class Asked:
         return self.answers[key]
 
 
-def rate_checkpoint(out: Path, on: str, name: str, checkpoint: Path) -> dict[str, Any]:
+def rate_checkpoint(out: Path, on: str, name: str, checkpoint: Path, *, reranked: bool) -> dict[str, Any]:
     """Recalls on val and test by ranking, of test also by seen and unseen captions, with intervals."""
     model = load_model(f"methods-{name}={checkpoint}")
     inner = model.scorer.model
@@ -246,13 +252,16 @@ def rate_checkpoint(out: Path, on: str, name: str, checkpoint: Path) -> dict[str
     inner.text.transformer.forward = Asked("text", inner.text.transformer.forward)
     found: dict[str, Any] = {}
     known = read_train_captions(str(out / f"{on}.json"))
-    for split in ("val", "test"):
+    parts = model.scorer, model.preprocess, model.tokenizer
+    for split in ("test",) if reranked else ("val", "test"):
         images = read_shards(shard_pattern(out / on / "shards", split))
         data = EvalSet(images, f"{on} {split}", known if split == "test" else None)
-        evaluation = evaluate(model.scorer, data, model.preprocess, model.tokenizer)
+        evaluation = evaluate(parts[0], data, *parts[1:])
+        if reranked:
+            bank = read_shards(shard_pattern(out / on / "shards", "train"))
+            evaluation = rerank(evaluation, *parts, list(RERANKINGS), bank=random.Random(0).sample(bank, BANK))
         shown = [ranking for ranking in evaluation.per_caption if "_scale" not in ranking]
-        parts = {"": evaluation.per_caption, **evaluation.parts}
-        for part, rankings in parts.items():
+        for part, rankings in {"": evaluation.per_caption, **evaluation.parts}.items():
             for ranking in shown:
                 summary = rankings[ranking].summary()
                 found[f"{split}/{part or 'all'}/{ranking}"] = {key: round(summary[key], 3) for key in RECALLS}
@@ -269,14 +278,15 @@ def run_all(args: argparse.Namespace) -> None:
     write_configs(args.out)
     results = args.out / "results.jsonl"
     for on, seed, noise, rate, name in itertools.product(args.on, args.seeds, args.noise, args.rates, args.only):
-        key = {"on": on, "method": name, "rate": rate, "seed": seed, "noise": noise}
+        key = {"on": on, "method": name, "rate": rate, "seed": seed, "noise": noise, "rerank": args.rerank}
         lines = map(json.loads, results.read_text().splitlines()) if results.exists() else ()
-        if any(key.items() <= line.items() for line in lines):
+        if any(key.items() <= {"rerank": False, **line}.items() for line in lines):
             continue
         start = time.perf_counter()
         checkpoint = train(args.out, on, name, rate, seed, noise)
         seconds = time.perf_counter() - start
-        line = {**key, "seconds": round(seconds, 1), "recalls": rate_checkpoint(args.out, on, name, checkpoint)}
+        recalls = rate_checkpoint(args.out, on, name, checkpoint, reranked=args.rerank)
+        line = {**key, "seconds": round(seconds, 1), "recalls": recalls}
         with results.open("a") as file:
             print(json.dumps(line), file=file)
         with contextlib.suppress(OSError):
@@ -299,6 +309,7 @@ def main() -> None:
     runs.add_argument("--seeds", type=int, nargs="+", default=[0])
     runs.add_argument("--rates", type=float, nargs="+", default=[1e-3])
     runs.add_argument("--noise", type=float, nargs="+", default=[0.0])
+    runs.add_argument("--rerank", action="store_true")
     reported = commands.add_parser("report")
     reported.add_argument("results", type=Path, metavar="RESULTS.jsonl")
     args = parser.parse_args()
@@ -345,7 +356,7 @@ def main_of(recalls: dict[str, Any]) -> str:
     return main_ranking({key.rsplit("/", 1)[1] for key in recalls})
 
 
-def cell_of(lines: list[dict[str, Any]], on: str, name: str, noise: float) -> Cell | None:
+def cell_of(lines: Iterable[dict[str, Any]], on: str, name: str, noise: float) -> Cell | None:
     """The runs of a cell; None if there is none."""
     own = [line for line in lines if (line["on"], line["method"], line["noise"]) == (on, name, noise)]
     if not own:
@@ -358,7 +369,8 @@ def cell_of(lines: list[dict[str, Any]], on: str, name: str, noise: float) -> Ce
 
 def report(path: Path) -> None:
     """Print the tables."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    every = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [line for line in every if not line.get("rerank")]
     for on in dict.fromkeys(line["on"] for line in lines):
         rows = [
             ["method", "mR", "95 %, images", "seen", "unseen", "global", "- clip (seeds)", "rate (of)", "published"]
@@ -384,6 +396,23 @@ def report(path: Path) -> None:
                 if sum(cell is not None for cell in cells) > 1:
                     curves.append([name, *("" if cell is None else mean_sd(cell.values("all")) for cell in cells)])
             print_table(f"{on}, shuffled captions", curves)
+        report_rerankings([line for line in every if line.get("rerank")], on)
+
+
+def report_rerankings(lines: list[dict[str, Any]], on: str) -> None:
+    """Print what re-ranking a method's main ranking changes, over the seeds of its lines."""
+    rows = [["method", "as it is", *RERANKINGS.values()], ["---"] * (2 + len(RERANKINGS))]
+    for name in METHODS:
+        own = {line["seed"]: line["recalls"] for line in lines if (line["on"], line["method"]) == (on, name)}
+        if own:
+            main = main_of(next(iter(own.values())))
+            before = {seed: recalls[f"test/all/{main}"]["mR"] for seed, recalls in own.items()}
+            rows.append([name, mean_sd(list(before.values()))])
+            for way in RERANKINGS.values():
+                after = {seed: recalls[f"test/all/{main}, {way}"]["mR"] for seed, recalls in own.items()}
+                rows[-1].append(difference(after, before))
+    if len(rows) > 2:
+        print_table(f"{on}, re-ranked: change of mR by seed", rows)
 
 
 def by_seed(cell: Cell) -> dict[int, float]:

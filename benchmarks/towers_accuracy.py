@@ -35,6 +35,7 @@ import torch
 from heads_report import Row, difference
 from ucm_accuracy import mean_sd
 
+from msa_openclip.evaluation.scorer import main_ranking
 from msa_openclip.steps import CLI, TRAIN, shard_pattern, typed
 
 CONFIGS = Path(__file__).parent.parent / "model_configs"
@@ -91,6 +92,7 @@ PAIRS: list[tuple[Row, Row]] = [
     (("shipped", "fused"), ("linear-scales", "fused")),
     (("shipped", "fused"), ("shipped-without-mscmat", "global")),
 ]
+"""Compared within each phase."""
 
 
 class Study:
@@ -149,38 +151,46 @@ class Study:
 
     def row(self, phase: str, data: str, variant: str, lr: float, seed: int) -> Path:
         """Train and rank one model, unless that was done; returns its checkpoint."""
-        options = self.options
-        epochs = HEADS[data]["epochs"] if phase == "heads" else options.epochs[data]
-        about = {"phase": phase, "size": options.size, "data": data, "variant": variant, "lr": lr, "seed": seed}
-        about["epochs"] = epochs
+        about: dict[str, Any] = {
+            "phase": phase, "size": self.options.size, "data": data, "variant": variant, "lr": lr, "seed": seed,
+            "epochs": self.epochs(phase, data),
+        }  # fmt: skip
         name = "-".join(map(str, about.values()))
         checkpoint = self.out / "logs" / name / "checkpoints" / "epoch_latest.pt"
         lines = self.results.read_text().splitlines() if self.results.exists() else []
-        if any(about.items() <= json.loads(line).items() for line in lines) and (phase != "heads" or checkpoint.exists()):
+        known = any(about.items() <= json.loads(line).items() for line in lines)
+        if known and (phase != "heads" or checkpoint.exists()):
             return checkpoint
-        shards = self.features(data) if phase == "heads" else self.out / data
-        start = self.start(variant, seed)
-        if phase == "tuned":
-            start = self.row("heads", data, variant, HEADS_RATE, seed)
-        batch = HEADS[data]["batch_size"] if phase == "heads" else 128
-        steps = epochs * json.loads((self.out / data / "manifest.json").read_text())["splits"]["train"]["samples"] // batch
-        self.command(
-            TRAIN, "--model", f"lite0-{variant}", "--pretrained", start, *IMAGENET, *LOCKS[phase],
-            "--device", "cpu", "--precision", "fp32" if phase == "heads" else options.precision,
-            "--dataset-type", "webdataset",
-            "--train-data", shards / Path(shard_pattern(self.out / data, "train")).name,
-            "--val-data", shard_pattern(self.out / data, "val"), *([] if phase == "heads" else AUGMENTATION),
-            "--workers", 0 if phase == "heads" else 1, "--batch-size", batch, "--epochs", epochs, "--lr", lr, "--wd", 0.1,
-            "--warmup", steps // 10, "--seed", seed, "--save-most-recent", "--save-frequency", 0,
-            "--val-frequency", epochs, "--log-every-n-steps", 20, "--logs", self.out / "logs", "--name", name,
-        )  # fmt: skip
-        lines = (checkpoint.with_name("results.jsonl")).read_text().splitlines()
+        self.train(name, phase, data, variant, lr, seed)
+        lines = checkpoint.with_name("results.jsonl").read_text().splitlines()
         row = about | {"val": validated(json.loads(lines[-1]))} | self.ranked(checkpoint, variant)
         with self.results.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        if phase != "heads":
+        if phase != "heads":  # from which the next phase starts
             checkpoint.unlink()
         return checkpoint
+
+    def epochs(self, phase: str, data: str) -> int:
+        """How long a phase is."""
+        return HEADS[data]["epochs"] if phase == "heads" else int(self.options.epochs[data])
+
+    def train(self, name: str, phase: str, data: str, variant: str, lr: float, seed: int) -> None:
+        """One phase of one model."""
+        on_features, epochs = phase == "heads", self.epochs(phase, data)
+        shards = self.features(data) if on_features else self.out / data
+        start = self.row("heads", data, variant, HEADS_RATE, seed) if phase == "tuned" else self.start(variant, seed)
+        batch = HEADS[data]["batch_size"] if on_features else 128
+        samples = json.loads((self.out / data / "manifest.json").read_text())["splits"]["train"]["samples"]
+        self.command(
+            TRAIN, "--model", f"lite0-{variant}", "--pretrained", start, *IMAGENET, *LOCKS[phase],
+            "--device", "cpu", "--precision", "fp32" if on_features else self.options.precision,
+            "--dataset-type", "webdataset",
+            "--train-data", shards / Path(shard_pattern(self.out / data, "train")).name,
+            "--val-data", shard_pattern(self.out / data, "val"), *([] if on_features else AUGMENTATION),
+            "--workers", 0 if on_features else 1, "--batch-size", batch, "--epochs", epochs, "--lr", lr, "--wd", 0.1,
+            "--warmup", epochs * samples // batch // 10, "--seed", seed, "--save-most-recent", "--save-frequency", 0,
+            "--val-frequency", epochs, "--log-every-n-steps", 20, "--logs", self.out / "logs", "--name", name,
+        )  # fmt: skip
 
     def ranked(self, checkpoint: Path, variant: str) -> dict[str, dict[str, float]]:
         """mR on UCM's val and test parts: of all captions, and of those that do not stand in UCM's train part."""
@@ -237,9 +247,9 @@ Recalls = dict[tuple[str, str], dict[str, dict[int, float]]]
 """mR by variant and ranking, protocol and seed."""
 
 
-def read(path: Path) -> Recalls:
-    """mR of the runs with the rate that val chose for their variant and set, by the mean over its seeds."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+def read(path: Path, phase: str) -> Recalls:
+    """mR of a phase's runs with the rate that val chose for their variant and set."""
+    rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["phase"] == phase]
     recalls: Recalls = {}
     for row in (row for row in rows if row["lr"] == chosen_rate(rows, row["data"], row["variant"])):
         for protocol, (data, key) in PROTOCOLS.items():
@@ -256,25 +266,24 @@ def chosen_rate(rows: list[dict[str, Any]], data: str, variant: str) -> float:
     return float(best["lr"])
 
 
-def main_ranking(by_ranking: dict[str, float]) -> str:
-    return "fused" if "fused" in by_ranking else "global"
-
-
 def report(path: Path) -> None:
-    """Means over seeds, then differences by seed, as Markdown."""
-    recalls = read(path)
+    """Of each phase means over seeds, then differences by seed, as Markdown."""
     head = "| " + " | ".join(PROTOCOLS) + " |\n" + "| --- " * (len(PROTOCOLS) + 1) + "|"
-    print(f"| variant, ranking {head}")
-    for row, by_protocol in recalls.items():
-        cells = [by_protocol.get(protocol, {}) for protocol in PROTOCOLS]
-        shown = [f"{mean_sd(list(cell.values()))} ({len(cell)})" if cell else "" for cell in cells]
-        print(f"| {', '.join(row)} | " + " | ".join(shown) + " |")
-    print(f"\n| difference {head}")
-    for one, other in PAIRS:
-        if one in recalls and other in recalls:
-            cells = [(recalls[one].get(p, {}), recalls[other].get(p, {})) for p in PROTOCOLS]
-            shown = [difference(*pair) if pair[0].keys() & pair[1].keys() else "" for pair in cells]
-            print(f"| {', '.join(one)} − {', '.join(other)} | " + " | ".join(shown) + " |")
+    for phase in LOCKS:
+        recalls = read(path, phase)
+        if not recalls:
+            continue
+        print(f"\n{phase}\n\n| variant, ranking {head}")
+        for row, by_protocol in recalls.items():
+            cells = [by_protocol.get(protocol, {}) for protocol in PROTOCOLS]
+            shown = [f"{mean_sd(list(cell.values()))} ({len(cell)})" if cell else "" for cell in cells]
+            print(f"| {', '.join(row)} | " + " | ".join(shown) + " |")
+        print(f"\n| difference {head}")
+        for one, other in PAIRS:
+            if one in recalls and other in recalls:
+                cells = [(recalls[one].get(p, {}), recalls[other].get(p, {})) for p in PROTOCOLS]
+                shown = [difference(*pair) if pair[0].keys() & pair[1].keys() else "" for pair in cells]
+                print(f"| {', '.join(one)} − {', '.join(other)} | " + " | ".join(shown) + " |")
 
 
 def main() -> None:

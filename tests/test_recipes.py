@@ -107,7 +107,8 @@ def test_every_start_is_a_command_that_open_clip_takes(start, recipe, commands, 
     assert len(before) == (start == "imagenet-lite")
     for heads in before:  # on features, from the weights that the towers start from; the towers go on from its end
         assert "features" in heads.train_data
-        assert heads.pretrained_image and heads.image_mean == parsed.image_mean
+        assert heads.pretrained_image
+        assert heads.image_mean == parsed.image_mean
         assert not heads.lock_image_unlocked_groups
         assert parsed.lock_image_unlocked_groups == 3
         assert parsed.pretrained == f"{heads.logs}/{heads.name}/checkpoints/epoch_{heads.epochs}.pt"
