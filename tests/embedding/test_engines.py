@@ -77,7 +77,8 @@ def test_every_block_is_run_here() -> None:
         "parallelize",
         "mapInArrow",
         "daft.func",
-        "conform",
+        "GridGeoSampler(",
+        "pq.read_table(path)",
         "to_table",
     )
     assert [sum(word in block for word in run) for block in python_blocks(PAGE)] == [1] * len(run)
@@ -100,7 +101,7 @@ def test_the_table_of_an_engine_becomes_an_index(place: Path, wanted: np.ndarray
     table = embedder({"id": ["7.jpg"], "source": ["tiles/7.jpg"]}).select(["id", "source", "global", "match", "error"])
     pq.write_table(table, "vectors/unreadable.parquet")
     pq.write_table(embedder(pq.read_table("tiles.parquet")).select(table.column_names), "vectors/whole.parquet")
-    run_block("conform", place, tiny_configs)
+    run_block("pq.read_table(path)", place, tiny_configs)
     assert import_partitions("tiles.index", ["parts"]) == (COUNT, 0)
     assert_vectors(place / "parts", wanted)
 
@@ -116,6 +117,28 @@ def test_partitions_on_spark(place: Path, wanted: np.ndarray, tiny_configs: Path
     need("pyspark")
     assert f".parquet {COUNT} ()" in run_block("parallelize", place, tiny_configs)
     assert_vectors(place / "parts", wanted)
+
+
+def test_a_dataset_of_torchgeo(place: Path, tiny_configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need("torchgeo")
+    rasterio = pytest.importorskip("rasterio", reason="rasterio is not installed (extra geo)")
+    (place / "scenes").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 256, 512), dtype=np.uint8)
+    where = {"crs": "EPSG:32632", "transform": rasterio.Affine(10, 0, 500_000, 0, -10, 5_400_000)}
+    with rasterio.open(
+        place / "scenes/0.tif", "w", driver="GTiff", width=512, height=256, count=3, dtype="uint8", **where
+    ) as f:
+        f.write(pixels)
+    run_block("GridGeoSampler(", place, tiny_configs)
+    monkeypatch.chdir(place)
+    assert import_partitions("tiles.index", ["parts"]) == (2, 0)
+    table = ds.dataset("parts").to_table().sort_by("id")
+    assert table["id"].to_pylist() == ["500000-5397440-502560-5400000", "502560-5397440-505120-5400000"]
+    assert table["bbox"].to_pylist()[0]["xmin"] == pytest.approx(9.0, abs=1e-6)  # the zone's central meridian
+    embedder = Embedder("MSA-tiny-ViT=epoch_9.pt")
+    picture = pixels[:, :, :256].transpose(1, 2, 0)
+    wanted = embedder({"id": ["a"], "source": ["scenes"], "image": [picture]})["global"].to_pylist()
+    assert np.allclose(table["global"].to_pylist()[0], wanted, atol=1e-3)
 
 
 def need(engine: str) -> None:
