@@ -57,19 +57,31 @@ TOWER_ALONE: dict[str, Any] = {  # the scales stay: one set of features serves a
     "fusion": "tower",
     "fusion_hidden": None,
     "scale_inputs": {"norm": "none", "dropout": 0.0},
-    "loss": {"fused_weight": 0.0, "global_weight": 1.0, "identical_captions": False},
+    "loss": {"fused_weight": 0.0, "match_weight": 0.0, "identical_captions": False},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "clip": {"msa_cfg": TOWER_ALONE},
     "clip-mlp": {"msa_cfg": TOWER_ALONE, "vision_cfg": {"timm_proj": "mlp"}},
     "shipped": {},
-    "shipped-without-mscmat": {"msa_cfg": {"loss": {"fused_weight": 0.0, "global_weight": 1.0}}},
+    "shipped-without-mscmat": {"msa_cfg": {"loss": {"fused_weight": 0.0, "match_weight": 0.0}}},
+    "residual-match": {
+        "msa_cfg": {"loss": {"match_weight": 0.0, "global_weight": 0.3}}
+    },  # MSCMAT by the fused term alone
+    "match-term": {"msa_cfg": {"loss": {"fused_weight": 0.0}}},
+    "gram": {
+        "msa_cfg": {
+            "width": 64,
+            "score": {"form": "gram"},
+            "loss": {"fused_match_weight": None, "fused_scaled": True, "match_weight": 0.0},
+            "ranking": {"global_weight": 0.6, "match_weight": 0.4},
+        }
+    },
     "linear-scales": {  # what `msa_cfg` does when it names the scales alone
         "msa_cfg": {
             "image_scales": [{"stage": stage, "pool": "max" if stage < 4 else "avg"} for stage in (1, 2, 3, 4)],
             "scale_inputs": {"norm": "none", "dropout": 0.0},
             "fusion_hidden": None,
-            "loss": {"fused_match_weight": None},
+            "loss": {"global_weight": 0.3, "fused_match_weight": None, "match_weight": 0.0},
             "ranking": {"match_weight": 1.0},
         }
     },
