@@ -51,7 +51,6 @@ AUGMENTATION = ("--aug-cfg", "dihedral=True", "scale=(0.5,1.0)")
 VIEWS = 6
 HEADS = {"rsicd": {"epochs": 16, "batch_size": 256}, "ucm": {"epochs": 30, "batch_size": 128}}
 """Length of the phase `heads`, as in heads.md."""
-HEADS_RATE = 1e-3
 RANKINGS = ("global", "match", "fused")
 TOWER_ALONE: dict[str, Any] = {  # the scales stay: one set of features serves all variants
     "fusion": "tower",
@@ -190,7 +189,11 @@ class Study:
         """One phase of one model."""
         on_features, epochs = phase == "heads", self.epochs(phase, data)
         shards = self.features(data) if on_features else self.out / data
-        start = self.row("heads", data, variant, HEADS_RATE, seed) if phase == "tuned" else self.start(variant, seed)
+        start = (
+            self.row("heads", data, variant, self.options.heads_lr, seed)
+            if phase == "tuned"
+            else self.start(variant, seed)
+        )
         batch = HEADS[data]["batch_size"] if on_features else 128
         samples = json.loads((self.out / data / "manifest.json").read_text())["splits"]["train"]["samples"]
         self.command(
@@ -310,7 +313,7 @@ def main() -> None:
         for seed in options.seeds:
             for variant in options.only:
                 for phase in options.phases:
-                    for lr in [HEADS_RATE] if phase == "heads" else options.lrs:
+                    for lr in [options.heads_lr] if phase == "heads" else options.lrs:
                         study.row(phase, data, variant, lr, seed)
 
 
@@ -324,6 +327,7 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     run.add_argument("--phases", nargs="+", choices=LOCKS, default=["heads", "tuned"], metavar="PHASE")
     run.add_argument("--lrs", type=float, nargs="+", default=[3e-4], help="of the phases through the towers")
+    run.add_argument("--heads-lr", type=float, default=1e-3)
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     run.add_argument("--size", type=int, default=160, help="pixels")
     run.add_argument("--rsicd-epochs", type=int, default=4)
