@@ -391,8 +391,10 @@ def report(path: Path) -> None:
         noises = sorted({line["noise"] for line in lines if line["on"] == on})
         if len(noises) > 1:
             curves = [["method", *(f"{noise:.0%} shuffled" for noise in noises)], ["---"] * (1 + len(noises))]
+            tried = {line["rate"] for line in lines if line["on"] == on and line["noise"]}
+            comparable = [line for line in lines if line["rate"] in tried]
             for name in METHODS:
-                cells = [cell_of(lines, on, name, noise) for noise in noises]
+                cells = [cell_of(comparable, on, name, noise) for noise in noises]
                 if sum(cell is not None for cell in cells) > 1:
                     curves.append([name, *("" if cell is None else mean_sd(cell.values("all")) for cell in cells)])
             print_table(f"{on}, shuffled captions", curves)
