@@ -326,7 +326,7 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--data", nargs="+", default=["rsicd", "ucm"], choices=("rsicd", "ucm"))
     run.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     run.add_argument("--phases", nargs="+", choices=LOCKS, default=["heads", "tuned"], metavar="PHASE")
-    run.add_argument("--lrs", type=float, nargs="+", default=[3e-4], help="of the phases through the towers")
+    run.add_argument("--lrs", type=float, nargs="+", default=[1e-3], help="of the phases through the towers")
     run.add_argument("--heads-lr", type=float, default=1e-3)
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     run.add_argument("--size", type=int, default=160, help="pixels")
