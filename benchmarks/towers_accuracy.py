@@ -63,9 +63,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "clip-mlp": {"msa_cfg": TOWER_ALONE, "vision_cfg": {"timm_proj": "mlp"}},
     "shipped": {},
     "shipped-without-mscmat": {"msa_cfg": {"loss": {"fused_weight": 0.0, "match_weight": 0.0}}},
-    "residual-match": {
-        "msa_cfg": {"loss": {"match_weight": 0.0, "global_weight": 0.3}}
-    },  # MSCMAT by the fused term alone
+    # MSCMAT by the fused term alone, by the match term alone, with another form of its score
+    "residual-match": {"msa_cfg": {"loss": {"match_weight": 0.0, "global_weight": 0.3}}},
     "match-term": {"msa_cfg": {"loss": {"fused_weight": 0.0}}},
     "gram": {
         "msa_cfg": {

@@ -38,8 +38,8 @@ class Start:
     views: int = 0
     """Train on features of so many augmented views of each image, made once; 0: through the towers."""
     heads_first: bool = False
-    """Train as `frozen` does first, then go on from there through the towers: towers that learn under random heads lose
-    much of what they know before the heads have learnt anything."""
+    """Train as `frozen` does first, then go on from there through the towers: those that learnt under random heads
+    ended below frozen ones (docs/results/findings.md)."""
     lr: float
     wd: float
     batch_size: int
