@@ -261,9 +261,8 @@ Recalls = dict[tuple[str, str], dict[str, dict[int, float]]]
 """mR by variant and ranking, protocol and seed."""
 
 
-def read(path: Path, phase: str) -> Recalls:
-    """mR of a phase's runs with the rate that val chose for their variant and set."""
-    rows = [row for row in map(json.loads, path.read_text().splitlines()) if row["phase"] == phase]
+def read(rows: list[dict[str, Any]]) -> Recalls:
+    """mR of the runs with the rate that val chose for their variant and set."""
     recalls: Recalls = {}
     for row in (row for row in rows if row["lr"] == chosen_rate(rows, row["data"], row["variant"])):
         for protocol, (data, key) in PROTOCOLS.items():
@@ -281,13 +280,12 @@ def chosen_rate(rows: list[dict[str, Any]], data: str, variant: str) -> float:
 
 
 def report(path: Path) -> None:
-    """Of each phase means over seeds, then differences by seed, as Markdown."""
+    """Of each phase and size of images means over seeds, then differences by seed, as Markdown."""
+    every = [json.loads(line) for line in path.read_text().splitlines()]
     head = "| " + " | ".join(PROTOCOLS) + " |\n" + "| --- " * (len(PROTOCOLS) + 1) + "|"
-    for phase in LOCKS:
-        recalls = read(path, phase)
-        if not recalls:
-            continue
-        print(f"\n{phase}\n\n| variant, ranking {head}")
+    for phase, size in sorted({(row["phase"], row["size"]) for row in every}):
+        recalls = read([row for row in every if (row["phase"], row["size"]) == (phase, size)])
+        print(f"\n{phase}, {size} px\n\n| variant, ranking {head}")
         for row, by_protocol in recalls.items():
             cells = [by_protocol.get(protocol, {}) for protocol in PROTOCOLS]
             shown = [f"{mean_sd(list(cell.values()))} ({len(cell)})" if cell else "" for cell in cells]
