@@ -28,7 +28,7 @@ import random
 import shutil
 import tarfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -252,14 +252,16 @@ def rate_checkpoint(out: Path, on: str, name: str, checkpoint: Path, *, reranked
     inner.text.transformer.forward = Asked("text", inner.text.transformer.forward)
     found: dict[str, Any] = {}
     known = read_train_captions(str(out / f"{on}.json"))
-    parts = model.scorer, model.preprocess, model.tokenizer
+    scorer, preparing = model.scorer, (model.preprocess, model.tokenizer)
     for split in ("test",) if reranked else ("val", "test"):
         images = read_shards(shard_pattern(out / on / "shards", split))
         data = EvalSet(images, f"{on} {split}", known if split == "test" else None)
-        evaluation = evaluate(parts[0], data, *parts[1:])
+        evaluation = evaluate(scorer, data, *preparing)
         if reranked:
             bank = read_shards(shard_pattern(out / on / "shards", "train"))
-            evaluation = rerank(evaluation, *parts, list(RERANKINGS), bank=random.Random(0).sample(bank, BANK))
+            evaluation = rerank(
+                evaluation, scorer, *preparing, list(RERANKINGS), bank=random.Random(0).sample(bank, BANK)
+            )
         shown = [ranking for ranking in evaluation.per_caption if "_scale" not in ranking]
         for part, rankings in {"": evaluation.per_caption, **evaluation.parts}.items():
             for ranking in shown:
@@ -280,7 +282,7 @@ def run_all(args: argparse.Namespace) -> None:
     for on, seed, noise, rate, name in itertools.product(args.on, args.seeds, args.noise, args.rates, args.only):
         key = {"on": on, "method": name, "rate": rate, "seed": seed, "noise": noise, "rerank": args.rerank}
         lines = map(json.loads, results.read_text().splitlines()) if results.exists() else ()
-        if any(key.items() <= {"rerank": False, **line}.items() for line in lines):
+        if any(key.items() <= line.items() for line in lines):
             continue
         start = time.perf_counter()
         checkpoint = train(args.out, on, name, rate, seed, noise)
@@ -356,7 +358,7 @@ def main_of(recalls: dict[str, Any]) -> str:
     return main_ranking({key.rsplit("/", 1)[1] for key in recalls})
 
 
-def cell_of(lines: Iterable[dict[str, Any]], on: str, name: str, noise: float) -> Cell | None:
+def cell_of(lines: list[dict[str, Any]], on: str, name: str, noise: float) -> Cell | None:
     """The runs of a cell; None if there is none."""
     own = [line for line in lines if (line["on"], line["method"], line["noise"]) == (on, name, noise)]
     if not own:
@@ -370,7 +372,7 @@ def cell_of(lines: Iterable[dict[str, Any]], on: str, name: str, noise: float) -
 def report(path: Path) -> None:
     """Print the tables."""
     every = [json.loads(line) for line in path.read_text().splitlines()]
-    lines = [line for line in every if not line.get("rerank")]
+    lines = [line for line in every if not line["rerank"]]
     for on in dict.fromkeys(line["on"] for line in lines):
         rows = [
             ["method", "mR", "95 %, images", "seen", "unseen", "global", "- clip (seeds)", "rate (of)", "published"]
@@ -398,7 +400,7 @@ def report(path: Path) -> None:
                 if sum(cell is not None for cell in cells) > 1:
                     curves.append([name, *("" if cell is None else mean_sd(cell.values("all")) for cell in cells)])
             print_table(f"{on}, shuffled captions", curves)
-        report_rerankings([line for line in every if line.get("rerank")], on)
+        report_rerankings([line for line in every if line["rerank"]], on)
 
 
 def report_rerankings(lines: list[dict[str, Any]], on: str) -> None:

@@ -36,6 +36,7 @@ from heads_report import Row, difference
 from ucm_accuracy import mean_sd
 
 from msa_openclip.evaluation.scorer import main_ranking
+from msa_openclip.shards import manifest
 from msa_openclip.steps import CLI, TRAIN, shard_pattern, typed
 
 CONFIGS = Path(__file__).parent.parent / "model_configs"
@@ -152,6 +153,8 @@ class Study:
     def features(self, data: str) -> Path:
         """Outputs of the locked towers on a set's training images, the same for all variants."""
         folder, variant = self.out / "features" / data, next(iter(VARIANTS))
+        if (folder / "sizes.json").exists():
+            return folder
         self.configure(variant)
         self.command(
             CLI, "features", f"lite0-{variant}={self.start(variant, 0)}", folder, "--views", VIEWS, *AUGMENTATION,
@@ -194,7 +197,7 @@ class Study:
             else self.start(variant, seed)
         )
         batch = HEADS[data]["batch_size"] if on_features else 128
-        samples = json.loads((self.out / data / "manifest.json").read_text())["splits"]["train"]["samples"]
+        samples = manifest.read(str(self.out / data))["splits"]["train"]["samples"]
         self.command(
             TRAIN, "--model", f"lite0-{variant}", "--pretrained", start, *IMAGENET, *LOCKS[phase],
             "--device", "cpu", "--precision", "fp32" if on_features else self.options.precision,

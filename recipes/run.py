@@ -75,7 +75,7 @@ def stages_of(options: argparse.Namespace, splits: Mapping[str, Mapping[str, Any
     batch_size = min(frozen.batch_size, int(splits["train"]["samples"]))
     changed = {"start": "frozen", "lr": frozen.lr, "epochs": frozen.epochs, "batch_size": batch_size}
     heads = argparse.Namespace(**{**vars(options), **changed, "train": features_words(options)})
-    return [heads, argparse.Namespace(**vars(options), heads=heads)]
+    return [heads, argparse.Namespace(**{**vars(options), "heads": heads})]
 
 
 def features_words(options: argparse.Namespace) -> list[str]:
@@ -120,9 +120,9 @@ def train_command(
 
 def pretrained(options: argparse.Namespace, seed: int) -> list[object]:
     """The weights that a training starts from, with what belongs to them."""
-    if heads := getattr(options, "heads", None):
+    if options.heads:
         own = [word for word in model_options(options) if word != "--pretrained-image"]
-        return ["--pretrained", last_checkpoint(heads, seed), *own]
+        return ["--pretrained", last_checkpoint(options.heads, seed), *own]
     return [*(["--pretrained", options.weights] if options.weights else []), *model_options(options)]
 
 
@@ -194,7 +194,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     start = STARTS[options.start]
     if start.file and not options.weights:
         parser.error(f"--start {options.start} needs --weights FILE: {start.file}")
-    options.train = train
+    options.train, options.heads = train, None
     return _with_defaults(options, start)
 
 
