@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -46,7 +45,7 @@ def _load(image: CaptionedImage, place: Location) -> Image.Image:
     try:
         if place.window:
             return geotiff.read_pixels(place, ImageOptions(geo=True), steady_scene)[0].convert("RGB")
-        return decode(read_location(place))
+        return shard_images.decode(read_location(place))
     except Exception as error:  # Pillow raises nearly everything for one broken file or another
         raise EvalDataError(f"{place.url}: image {image.image_id} cannot be read: {error}") from error
 
@@ -76,17 +75,6 @@ def preprocessed(pictures: Sequence[Image.Image], preprocess: Preprocess) -> Ten
         np.random.set_state(before[2])
         pixels.append(preprocess(picture))
     return torch.stack(pixels)
-
-
-def decode(data: bytes) -> Image.Image:
-    """Decode the bytes of an image file as shards would hold it: RGB, upright, 8 bit.
-
-    Raises:
-        ImageProblem: unreadable, cut short, or of too many pixels.
-        Exception: whatever Pillow raises for broken pixels.
-    """
-    ready = shard_images.prepare(data, ImageOptions())
-    return Image.open(io.BytesIO(ready.data)).convert("RGB")
 
 
 def image_pixels(image: CaptionedImage, preprocess: Preprocess) -> Tensor:

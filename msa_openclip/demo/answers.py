@@ -12,13 +12,14 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from ..data.captioned import CaptionedImage
-from ..data.pixels import decode, load_dates, load_image
+from ..data.pixels import load_dates, load_image
 from ..explain.explanation import explain
 from ..explain.figure import spotlight, view
 from ..search import places
 from ..search.filters import SearchError, SearchFilter
 from ..search.schema import bounds
 from ..search.searcher import Hit, Searcher
+from ..shards.imagery import prepare as shard_images
 from ..shards.output import printable
 
 SHOWN, _MOST = 24, 384
@@ -113,7 +114,7 @@ class Answers:
 
 def _decoded(picture: bytes) -> Image.Image:
     try:
-        return decode(picture)
+        return shard_images.decode(picture)
     except Exception as error:  # Pillow raises nearly everything for one broken file or another
         raise SearchError(f"The picture cannot be read: {error}") from error
 

@@ -23,7 +23,7 @@ from msa_openclip.data.streams import StreamError
 from msa_openclip.shards import ImageOptions, ReadOptions, ShardError, manifest
 from msa_openclip.shards.building.plan import Sample
 from msa_openclip.shards.building.samples import members
-from msa_openclip.shards.imagery.prepare import EncodedImage, open_image, prepare
+from msa_openclip.shards.imagery.prepare import EncodedImage, decode, open_image, prepare
 from msa_openclip.shards.readers import formats, intake
 from msa_openclip.shards.records import ImageProblem, Record
 from msa_openclip.shards.storage import tars
@@ -115,13 +115,20 @@ def _training(data: bytes, folder: Path) -> None:
 
 
 def _image(data: bytes, _: Path) -> None:
+    decoded = None
+    with suppress(ImageProblem), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        decoded = decode(data)
     for options in (ImageOptions(), ImageOptions(check="decode"), ImageOptions(resize_px=5)):
         with suppress(ImageProblem), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of damaged EXIF data
             made = prepare(data, options)
             assert made.suffix in tars.IMAGE_MEMBERS
             if options.check == "decode":
-                assert open_image(made.data).size == (made.width, made.height)
+                shown = open_image(made.data).convert("RGB")
+                assert shown.size == (made.width, made.height)
+                assert decoded is not None
+                assert decoded.tobytes() == shown.tobytes()
 
 
 # What lies beside shards.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, TiffImagePlugin
 
 from msa_openclip.shards import ImageOptions, ShardError
-from msa_openclip.shards.imagery.prepare import prepare
+from msa_openclip.shards.imagery.prepare import decode, prepare
 from msa_openclip.shards.records import ImageProblem
 
 
@@ -86,6 +86,28 @@ def test_other_formats_become_png_without_loss(format: str, mode: str) -> None:
     ready = prepare(encoded(image, format), ImageOptions())
     assert ready.suffix == "png"
     assert np.array_equal(pixels(ready.data), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    ("format", "mode"),
+    [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "P"), ("PNG", "RGBA"), ("WEBP", "RGB"), ("TIFF", "RGB"), ("TIFF", "F"),
+     ("TIFF", "L"), ("GIF", "P"), ("BMP", "RGB")],
+)  # fmt: skip
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_pixels_are_those_that_a_shard_would_hold(format: str, mode: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    given = {} if format in ("GIF", "BMP") else {"exif": exif}
+    data = encoded(picture(2, (13, 7)).convert(mode), format, **given)
+    decoded = decode(data)
+    assert decoded.mode == "RGB"
+    assert np.array_equal(np.asarray(decoded), pixels(prepare(data, ImageOptions()).data))
+
+
+def test_pixels_of_a_tiff_are_not_encoded_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(picture(2), "TIFF")
+    monkeypatch.setattr("msa_openclip.shards.imagery.prepare.encode", lambda *_: pytest.fail("encoded"))
+    decode(data)
 
 
 def test_stated_quality_decides_the_size_of_transcoded_jpegs() -> None:
