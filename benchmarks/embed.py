@@ -8,9 +8,10 @@ Sides of `one worker`, in turns in one process, one thread of the tower:
     tower-*        the tower's forward loop over pixels that are there, in the form in which an Embedder has it
     job-*          `write_vectors`: files in, a partition with all vectors on the disk
 
-`two workers`: two processes with a partition each, beside one of them alone.  Weights are random.  On a machine with
-other work the share of the clock that a process gets varies, so ratios are taken within a turn, of the clock and of
-the processor's time, and their medians are what counts.
+`two workers`: two processes with a partition each, beside one of them alone, and the same of their towers alone: what
+the machine lets two processes have that share its memory and caches.  Weights are random.  On a machine with other work
+the share of the clock that a process gets varies, so ratios are taken within a turn, of the clock and of the
+processor's time, and their medians are what counts.
 """
 
 from __future__ import annotations
@@ -64,14 +65,9 @@ def sides(name: str, images: Sequence[CaptionedImage], batch_size: int, scratch:
     """What is timed of a model, by name."""
     model = load(f"{name}=untrained")  # stays as it is loaded, channels first
     pixels = [image_pixels(image, model.preprocess) for image in images]
-    spans = batch_spans(len(images), batch_size)
-
-    def forward(scorer: Scorer) -> None:
-        for span in spans:
-            scorer.project(torch.stack(pixels[span.start : span.stop]))
 
     def plain() -> None:
-        for span in spans:
+        for span in batch_spans(len(images), batch_size):
             batch = [image_pixels(image, model.preprocess) for image in images[span.start : span.stop]]
             model.scorer.project(torch.stack(batch))
 
@@ -84,9 +80,15 @@ def sides(name: str, images: Sequence[CaptionedImage], batch_size: int, scratch:
     for precision in PRECISIONS:
         tower = image_scorer(fast.scorer, precision)
         embedder = Embedder(fast, precision=precision, batch_size=batch_size)
-        found[f"tower-{precision}"] = lambda tower=tower: forward(tower)
+        found[f"tower-{precision}"] = lambda tower=tower: forward(tower, pixels, batch_size)
         found[f"job-{precision}"] = lambda embedder=embedder: job(embedder)
     return found
+
+
+def forward(scorer: Scorer, pixels: Sequence[torch.Tensor], batch_size: int) -> None:
+    """The tower alone."""
+    for span in batch_spans(len(pixels), batch_size):
+        scorer.project(torch.stack(list(pixels[span.start : span.stop])))
 
 
 def one_worker(
@@ -124,17 +126,24 @@ def _seconds(work: Callable[[], object]) -> Seconds:
     return time.perf_counter() - start, time.process_time() - cpu_start
 
 
-_WORKER: dict[str, Embedder] = {}
+_WORKER: dict[str, Any] = {}
 
 
 def _start_worker(name: str, batch_size: int) -> None:
     torch.manual_seed(0)
-    _WORKER["embedder"] = Embedder(f"{name}=untrained", precision="fp32", batch_size=batch_size, threads=1)
+    model = load(f"{name}=untrained")
+    embedder = Embedder(model, precision="fp32", batch_size=batch_size, threads=1)
+    _WORKER.update(model=model, embedder=embedder, tower=image_scorer(model.scorer, "fp32"), batch_size=batch_size)
 
 
 def _embed(images: Sequence[CaptionedImage], scratch: Path) -> Seconds:
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         return _seconds(lambda: write_vectors(Partition(0, 1, images), _WORKER["embedder"], folder))
+
+
+def _forward(images: Sequence[CaptionedImage], _: Path) -> Seconds:
+    pixels = [image_pixels(image, _WORKER["model"].preprocess) for image in images]
+    return _seconds(lambda: forward(_WORKER["tower"], pixels, _WORKER["batch_size"]))
 
 
 def two_workers(
@@ -145,23 +154,28 @@ def two_workers(
         ProcessPoolExecutor(1, get_context("spawn"), initializer=_start_worker, initargs=(name, batch_size))
         for _ in range(2)
     ]
-    for future in [pool.submit(_embed, images, scratch) for pool in pools]:
-        future.result()  # warms up
-    clock, processor = [], []
-    for _ in range(rounds):
-        alone = pools[0].submit(_embed, images, scratch).result()
-        both = [future.result() for future in [pool.submit(_embed, images, scratch) for pool in pools]]
-        clock.append(2 * alone[0] / max(seconds for seconds, _ in both))
-        processor.append(2 * alone[1] / statistics.mean(seconds for _, seconds in both))
+    works = {"job": _embed, "tower": _forward}
+    turns: dict[str, list[Seconds]] = {side: [] for side in works}
+    for number in range(rounds + 1):
+        for side, work in works.items():
+            alone = pools[0].submit(work, images, scratch).result()
+            both = [future.result() for future in [pool.submit(work, images, scratch) for pool in pools]]
+            clock, processor = max(seconds for seconds, _ in both), statistics.mean(seconds for _, seconds in both)
+            if number:  # the first turn warms up
+                turns[side].append((2 * alone[0] / clock, 2 * alone[1] / processor))
     for pool in pools:
         pool.shutdown()
     return {
         "what": "two workers",
         "model": name,
         "images": len(images),
-        "times_one": {"clock": round(statistics.median(clock), 3), "cpu": round(statistics.median(processor), 3)},
-        "turns": {"clock": [round(ratio, 3) for ratio in clock]},
+        "times_one": {side: _medians(found) for side, found in turns.items()},
+        "turns": {side: [round(clock, 3) for clock, _ in found] for side, found in turns.items()},
     }
+
+
+def _medians(ratios: Sequence[Seconds]) -> dict[str, float]:
+    return {name: round(statistics.median(one[at] for one in ratios), 3) for at, name in enumerate(("clock", "cpu"))}
 
 
 def main() -> None:

@@ -170,7 +170,7 @@ def postgres(index: ImageIndex, url: str, candidates: int) -> Engine:
             assert match is not None
             for row, one, other in zip(rows.tolist(), features.numpy(), match.flatten(1).numpy(), strict=True):
                 copy.write_row((row, HalfVector(one), HalfVector(other)))
-    db.execute("set maintenance_work_mem = '1GB'")
+    db.execute("set maintenance_work_mem = '4GB'")  # the graph is built in memory
     db.execute("create index on engines_tiles using hnsw (global halfvec_cosine_ops)")
     db.execute("analyze engines_tiles")
     db.execute(f"set hnsw.ef_search = {2 * candidates}")
@@ -197,13 +197,16 @@ def _bytes(folder: Path, pattern: str) -> int:
 
 
 def exhaustive(index: ImageIndex, texts: EncodedTexts) -> NDArray[np.int64]:
-    """The rows (Q, 10) of the best fused scores among all records."""
+    """The rows (Q, 10) of the best fused scores among all records; on all cores that it may use, since nothing is timed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     scorer = index.model.scorer
     main = scorer.rankings.index(scorer.main_ranking)
     scores = []
     for first, features in index.features():
         projected = index.projected_rows(torch.arange(first, first + len(features)))
         scores.append(scorer.scores(scorer.fold(features, projected), texts)[main])
+    torch.set_num_threads(threads)
     best: NDArray[np.int64] = torch.cat(scores).topk(TOP, dim=0).indices.T.numpy()
     return best
 

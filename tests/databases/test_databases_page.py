@@ -61,15 +61,35 @@ def test_lancedb(run: Run, expected: list[tuple[float, str]]) -> None:
     expect(run("LanceDB"), expected)
 
 
-def test_pgvector(run: Run, expected: list[tuple[float, str]]) -> None:
+@pytest.fixture
+def postgres() -> str:
+    """URL of a server with pgvector, without what the page makes there."""
     psycopg = pytest.importorskip("psycopg", reason="psycopg (extra test) is not installed")
     pytest.importorskip("pgvector", reason="pgvector (extra test) is not installed")
     url = os.environ.get("MSA_OPENCLIP_TEST_POSTGRES")
     if not url:
         pytest.skip("MSA_OPENCLIP_TEST_POSTGRES names no server with pgvector (postgresql://user@host:port/database)")
     with psycopg.connect(url, autocommit=True) as db:
-        db.execute("drop table if exists tiles")
-    expect(run("Postgres with pgvector", **{"postgresql://postgres@127.0.0.1/postgres": url}), expected)
+        db.execute("drop table if exists tiles, tile_vectors")
+    return url
+
+
+def test_pgvector(run: Run, expected: list[tuple[float, str]], postgres: str) -> None:
+    expect(run("Postgres with pgvector", **{"postgresql://postgres@127.0.0.1/postgres": postgres}), expected)
+
+
+def test_pgstac(run: Run, expected: list[tuple[float, str]], postgres: str) -> None:
+    pytest.importorskip("pypgstac", reason="pypgstac is not installed")
+    import psycopg
+    from pypgstac.db import PgstacDB
+    from pypgstac.migrate import Migrate
+
+    with psycopg.connect(postgres) as db:
+        if not db.execute("select 1 from pg_available_extensions where name = 'postgis'").fetchone():
+            pytest.skip("the server has no PostGIS")
+    with PgstacDB(dsn=postgres) as catalogue:
+        Migrate(catalogue).run_migration()
+    expect(run("pgSTAC", **{"postgresql://postgres@127.0.0.1/postgres": postgres}), expected)
 
 
 def test_qdrant(run: Run, expected: list[tuple[float, str]]) -> None:
