@@ -197,7 +197,7 @@ def _bytes(folder: Path, pattern: str) -> int:
 
 
 def exhaustive(index: ImageIndex, texts: EncodedTexts) -> NDArray[np.int64]:
-    """The rows (Q, 10) of the best fused scores among all records; on all cores that it may use, since nothing is timed."""
+    """The rows (Q, 10) of the best fused scores among all records; untimed, so on all cores that it may use."""
     threads = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     scorer = index.model.scorer
