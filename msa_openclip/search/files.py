@@ -22,6 +22,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -246,22 +247,25 @@ def open_parquet(segment: Path, checked: CheckedFile) -> pq.ParquetFile:
         raise damaged(segment, f"{checked.path.name}: {error}") from error
 
 
-def read_columns(segment: Path, file: pq.ParquetFile, names: Sequence[str], rows: int | None = None) -> pa.Table:
-    """Some columns of a Parquet file of a segment, and `rows` of them.
+def read_columns(
+    segment: Path, file: pq.ParquetFile, names: Sequence[str], rows: int | None = None, group: int | None = None
+) -> pa.Table:
+    """Some columns of a Parquet file of a segment, or of one of its row groups, and `rows` of them.
 
     Raises:
         ImageIndexError: it is damaged, or another number of rows is there.
     """
-    there = file.metadata.num_rows
-    if rows is not None and there != rows:  # before anything is decoded: any number may stand there
-        raise damaged(segment, f"Parquet: {there} rows, expected {rows}")
     try:
-        table = file.read(list(names), use_threads=False).select(list(names))
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        there = (file.metadata if group is None else file.metadata.row_group(group)).num_rows
+        if rows is not None and there != rows:  # before anything is decoded: any number may stand there
+            raise ValueError(f"{there} rows, expected {rows}")
+        read = file.read if group is None else partial(file.read_row_group, group)
+        table = read(columns=list(names), use_threads=False).select(list(names))
+        if rows is not None and len(table) != rows:
+            raise ValueError(f"{len(table)} rows, expected {rows}")
+        return table
+    except (OSError, ValueError, KeyError, TypeError, IndexError, pa.ArrowException) as error:
         raise damaged(segment, f"Parquet: {error}") from error
-    if rows is not None and len(table) != rows:
-        raise damaged(segment, f"Parquet: {len(table)} rows, expected {rows}")
-    return table
 
 
 def damaged(segment: Path, what: str) -> ImageIndexError:

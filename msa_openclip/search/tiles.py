@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -17,9 +18,11 @@ from .checksums import CheckedFile
 from .files import damaged, open_parquet, read_columns
 from .schema import bounds, to_images
 
+_GROUPS_KEPT = 16
+
 
 class _Part:
-    """The metadata of a segment; a column is decoded once and kept."""
+    """The metadata of a segment; a column that is read whole is decoded once and kept."""
 
     def __init__(self, segment: Path, checked: CheckedFile, images: int) -> None:
         self.segment, self.images, self._checked = segment, images, checked
@@ -33,6 +36,19 @@ class _Part:
     def _file(self) -> pa.parquet.ParquetFile:
         return open_parquet(self.segment, self._checked)
 
+    @functools.cached_property
+    def group_ends(self) -> list[int]:
+        """Behind the last row of each row group.
+
+        Raises:
+            ImageIndexError: another number of rows is there.
+        """
+        about = self._file.metadata
+        rows = [about.row_group(number).num_rows for number in range(about.num_row_groups)]
+        if min(rows, default=0) < 0 or sum(rows) != self.images:
+            raise damaged(self.segment, f"Parquet: {sum(rows)} rows in row groups, expected {self.images}")
+        return list(itertools.accumulate(rows))
+
     def table(self, names: Iterable[str]) -> pa.Table:
         """Some columns, (n) rows."""
         new = [name for name in names if name not in self._columns]
@@ -41,9 +57,15 @@ class _Part:
             self._columns |= dict(zip(new, table.columns, strict=True))
         return pa.table({name: self._columns[name] for name in names})
 
-    def image(self, row: int) -> CaptionedImage:
+    def group(self, number: int) -> pa.Table:
+        """All columns of a row group."""
+        rows = self.group_ends[number] - (self.group_ends[number - 1] if number else 0)
+        return read_columns(self.segment, self._file, self.schema.names, rows, number)
+
+    def image(self, group: pa.Table, row: int) -> CaptionedImage:
+        """The image in a row of a row group."""
         try:
-            return to_images(self.table(self.schema.names).slice(row, 1))[0]
+            return to_images(group.slice(row, 1))[0]
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise damaged(
                 self.segment, f"{self._checked.path.name} row {row}: {type(error).__name__}: {error}"
@@ -79,6 +101,12 @@ def in_schema(table: pa.Table, schema: pa.Schema, rows: int | None = None) -> pa
     return pa.Table.from_arrays(columns, schema=schema)
 
 
+def _place(ends: Sequence[int], row: int) -> tuple[int, int]:
+    """In which of the parts that end so a row is, and where in it."""
+    number = bisect.bisect_right(ends, row)
+    return number, row - (ends[number - 1] if number else 0)
+
+
 class Tiles(Sequence[CaptionedImage]):
     """The images of all segments as a sequence, and their columns as one table."""
 
@@ -87,6 +115,7 @@ class Tiles(Sequence[CaptionedImage]):
         self._ends: list[int] = []
         self._schema: pa.Schema | None = None
         self._bounds: NDArray[np.float64] | None = None
+        self._group = functools.lru_cache(_GROUPS_KEPT)(lambda part, group: self._parts[part].group(group))
 
     def append(self, segment: Path, checked: CheckedFile, images: int) -> None:
         """Add the images of a segment; nothing is read yet."""
@@ -106,8 +135,10 @@ class Tiles(Sequence[CaptionedImage]):
             return [self[number] for number in range(*row.indices(len(self)))]
         if not 0 <= row < len(self):
             raise IndexError(row)  # ends iteration
-        number = bisect.bisect_right(self._ends, row)
-        return self._parts[number].image(row - (self._ends[number - 1] if number else 0))
+        number, row = _place(self._ends, row)
+        part = self._parts[number]
+        group, row = _place(part.group_ends, row)
+        return part.image(self._group(number, group), row)
 
     @property
     def schema(self) -> pa.Schema:
