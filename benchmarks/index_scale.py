@@ -137,7 +137,7 @@ def _write_before(root: Path, name: str, manifest: Manifest, model: LoadedModel,
     ids = pq.read_table(today / name / "tiles.parquet", columns=["id"])["id"].to_pylist()
     rows: list[dict[str, Any]] = [files.to_record(image) for image in tiles(map(int, ids), math.isqrt(records))]
     write_segment(root, name, rows, [], np.empty((len(rows), 1), np.float16), np.empty((len(rows), 1, 1), np.float16))
-    for path in [*(today / name).glob("*.npy"), *today.glob("*.faiss*")]:
+    for path in (today / name).glob("*.npy"):
         link = root / path.relative_to(today)
         link.unlink(missing_ok=True)
         os.link(path, link)

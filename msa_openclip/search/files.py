@@ -187,11 +187,20 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**plain, "checksum": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
 
 
+def is_candidates_file(name: str) -> bool:
+    """Whether a file of an index is FAISS's, or the checksums of one."""
+    return bool(re.fullmatch(r"(ivfpq|hnsw)-[0-9a-f]{12}\.faiss(\.json)?", name))
+
+
 def remove_left_over(root: Path) -> None:
-    """Remove what killed builds left half written: folders of our own temporary names alone, and no links."""
+    """Remove what was left half written by those that were killed: our own temporary names alone, and no links."""
     for left in root.iterdir():
-        if re.fullmatch(r"\.[0-9a-f]{16}\.[0-9]+\.tmp", left.name) and not left.is_symlink():
+        if left.is_symlink():
+            continue
+        if re.fullmatch(r"\.[0-9a-f]{16}\.[0-9]+\.tmp", left.name):
             shutil.rmtree(left, ignore_errors=True)
+        elif is_candidates_file(store.target_of_temporary(left.name) or "") and left.is_file():
+            left.unlink(missing_ok=True)
 
 
 def read_manifest(root: Path, expected: int = FORMAT) -> Manifest:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..data.small_files import read_json
+from ..shards.storage import store
 from .checksums import CheckedFile, checksums
-from .files import ImageIndexError
+from .files import ImageIndexError, is_candidates_file
 from .index import ImageIndex
 from .options import KINDS
 
@@ -25,6 +26,7 @@ LARGE = 100_000
 """From this many images on, `auto` takes IVF-PQ instead of scanning."""
 _TRAINING_PER_LIST = 40
 _TRAINING_ROUNDS = 10  # of k-means
+_log = logging.getLogger(__name__)
 _MORE = 4  # candidates that FAISS gives for each that is wanted; exact cosines choose among them
 
 
@@ -48,19 +50,32 @@ class _Approximate:
 
     def __init__(self, index: ImageIndex, kind: str) -> None:
         self.index, self.faiss = index, _faiss()
-        path = Path(index.folder) / f"{kind}-{_name(index)}.faiss"
-        sums = path.with_suffix(".faiss.json")
-        if not (path.exists() and sums.exists()):
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            self.faiss.write_index(_build(self.faiss, index, kind), str(temporary))
-            os.replace(temporary, path)
-            temporary.write_text(json.dumps(checksums(path)), encoding="utf-8")
-            os.replace(temporary, sums)
+        recipe = _recipe(kind, len(index), next(features.shape[1] for _, features in index.features()))
+        path = Path(index.folder) / f"{kind}-{_digest(index, recipe)}.faiss"
+        if path.exists() and _sums(path).exists():
+            self.ann = self._read(path)
+        else:
+            self.ann = _build(self.faiss, index, recipe)
+            self._keep(path)
+
+    def _read(self, path: Path) -> Any:
         try:
-            CheckedFile(path, read_json(sums)).check_all()
-            self.ann = self.faiss.read_index(str(path))
+            CheckedFile(path, read_json(_sums(path))).check_all()
+            return self.faiss.read_index(str(path))
         except (OSError, ValueError, RuntimeError) as error:
             raise ImageIndexError(f"{path}: damaged ({error}); delete it, it will be built again.") from error
+
+    def _keep(self, path: Path) -> None:
+        """Write it beside the index, for the next time; where that cannot be, it is built again each time."""
+        try:
+            with store.atomic_write(str(path)) as file:
+                self.faiss.write_index(self.ann, self.faiss.PyCallbackIOWriter(file.write))
+            store.write_text(str(_sums(path)), json.dumps(checksums(path)))
+            for other in path.parent.glob(f"{path.name.partition('-')[0]}-*"):  # of fewer images
+                if is_candidates_file(other.name) and other not in (path, _sums(path)):
+                    store.remove(str(other))
+        except (OSError, RuntimeError) as error:
+            _log.warning("%s: cannot be written (%s), so it is built again each time.", path, error)
 
     def __call__(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         wanted = min(_MORE * k, len(self.index))
@@ -93,27 +108,39 @@ def _faiss() -> Any:
     return faiss
 
 
-def _name(index: ImageIndex) -> str:
+def _sums(path: Path) -> Path:
+    """Where the checksums of a file of FAISS are."""
+    return path.with_suffix(".faiss.json")
+
+
+def _digest(index: ImageIndex, recipe: str) -> str:
     """Changes whenever images are added."""
-    return hashlib.sha256(" ".join(segment.name for segment in index.segments).encode()).hexdigest()[:12]
+    names = " ".join([recipe, *(segment.name for segment in index.segments)])
+    return hashlib.sha256(names.encode()).hexdigest()[:12]
 
 
-def _build(faiss: Any, index: ImageIndex, kind: str) -> Any:
+def _recipe(kind: str, count: int, width: int) -> str:
+    """What FAISS's `index_factory` makes for so many vectors."""
+    if kind == "hnsw":
+        return "HNSW32,SQfp16"
+    lists = max(1, min(round(2 * math.sqrt(count)), count // _TRAINING_PER_LIST))
+    # 2 values in 4 bits: FAISS learns such codes in seconds, 8-bit ones in minutes, and scans them in registers.
+    # With 4 values, of a million images one in twenty of the top 10 was lost (docs/results/search.md, engines).
+    parts = next(parts for parts in range(max(1, width // 2), 0, -1) if width % parts == 0)
+    return f"IVF{lists},PQ{parts}x4fs"
+
+
+def _build(faiss: Any, index: ImageIndex, recipe: str) -> Any:
     count = len(index)
     width = next(features.shape[1] for _, features in index.features())
-    metric = faiss.METRIC_INNER_PRODUCT
-    if kind == "hnsw":
-        ann = faiss.index_factory(width, "HNSW32,SQfp16", metric)
+    ann = faiss.index_factory(width, recipe, faiss.METRIC_INNER_PRODUCT)
+    if recipe.startswith("HNSW"):
         ann.hnsw.efSearch = 512
         training_rows = min(count, 10_000)
     else:
-        lists = max(1, min(round(2 * math.sqrt(count)), count // _TRAINING_PER_LIST))
-        # 4 values in 4 bits: FAISS learns such codes in seconds, 8-bit ones in minutes, and scans them in registers.
-        parts = next(parts for parts in range(max(1, width // 4), 0, -1) if width % parts == 0)
-        ann = faiss.index_factory(width, f"IVF{lists},PQ{parts}x4fs", metric)
-        ann.nprobe = max(1, lists // 8)
+        ann.nprobe = max(1, ann.nlist // 8)
         ann.cp.niter = ann.pq.cp.niter = _TRAINING_ROUNDS
-        training_rows = min(count, _TRAINING_PER_LIST * max(lists, 16))
+        training_rows = min(count, _TRAINING_PER_LIST * max(ann.nlist, 16))
     generator = torch.Generator().manual_seed(0)
     sample = torch.randperm(count, generator=generator)[:training_rows].sort().values
     ann.train(index.feature_rows(sample).numpy())

@@ -32,6 +32,7 @@ from msa_openclip.search.index import ImageIndex
 from msa_openclip.search.nearest import nearest
 from msa_openclip.search.searcher import Searcher, SearchError, SearchFilter
 from msa_openclip.shards.records import Location
+from msa_openclip.shards.storage import store
 
 QUERIES = ["harbor number 3", "a place that two scenes share", "many forests"]
 
@@ -300,7 +301,7 @@ def test_twice_the_same_id_is_refused(model: LoadedModel, images, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", ["ivfpq", "hnsw"])
-def test_faiss_candidates_ranked_exactly(kind: str, model: LoadedModel, tmp_path: Path, monkeypatch) -> None:
+def test_faiss_candidates_ranked_exactly(kind: str, model: LoadedModel, tmp_path: Path, monkeypatch, caplog) -> None:
     pytest.importorskip("faiss", reason="faiss-cpu is missing (extra `search`)")
     count, width = 1200, 24
     generator = torch.Generator().manual_seed(0)
@@ -332,6 +333,16 @@ def test_faiss_candidates_ranked_exactly(kind: str, model: LoadedModel, tmp_path
     file.write_bytes(b"no index")
     with pytest.raises(ImageIndexError, match=r"damaged .*; delete it"):
         nearest(opened, kind)
+    stale, mine = file.with_name(f"{kind}-0123456789ab.faiss"), file.with_name(f"{kind}-mine.faiss")
+    for path in (stale, stale.with_suffix(".faiss.json"), mine):
+        path.write_bytes(b"of fewer images")
+    file.unlink()
+    nearest(opened, kind)
+    assert sorted(path.name for path in file.parent.glob("*.faiss*")) == [file.name, f"{file.name}.json", mine.name]
+    file.unlink()
+    monkeypatch.setattr(store, "rename", lambda *_: (_ for _ in ()).throw(PermissionError("read-only")))
+    assert torch.equal(nearest(opened, kind)(queries, 10)[1], rows)  # not kept, and of the same answers
+    assert "cannot be written (read-only), so it is built again each time" in caplog.text
 
 
 def test_commands(checkpoint: str, pattern: str, tmp_path: Path, capsys) -> None:

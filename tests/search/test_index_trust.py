@@ -145,8 +145,12 @@ def test_left_overs_of_killed_builds_go_and_nothing_else(
         (folder / name).mkdir(parents=True)
     other.mkdir()
     (folder / ".fedcba9876543210.78.tmp").symlink_to(other)
+    for name in (".ivfpq-0123456789ab.faiss.01234567.tmp", ".mine.faiss.01234567.tmp"):
+        (folder / name).touch()
     build_index(model, images, str(folder))
     assert not (folder / ".0123456789abcdef.77.tmp").exists()
+    assert not (folder / ".ivfpq-0123456789ab.faiss.01234567.tmp").exists()
+    assert (folder / ".mine.faiss.01234567.tmp").exists()
     assert (folder / ".mine.tmp").exists()
     assert (folder / "notes.tmp").exists()
     assert other.exists()
