@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -116,9 +117,8 @@ def own(index: ImageIndex, kind: str, candidates: int) -> Engine:
         return rows.numpy(), index.feature_rows(rows), projected
 
     size = _bytes(Path(index.folder), "*/*") + _bytes(Path(index.folder), f"{kind}-*.faiss")
-    return Engine(
-        f"own index, {kind}", "exact scan" if kind == "flat" else "2 sqrt(n) lists, 1/8 probed", build_s, size, find
-    )
+    setting = "exact scan" if kind == "flat" else "2 sqrt(n) lists, 1/8 probed, E / 4 bytes, refine 4"
+    return Engine(f"own index, {kind}", setting, build_s, size, find)
 
 
 def lance(index: ImageIndex, scratch: Path, candidates: int) -> Iterator[Engine]:
@@ -142,12 +142,14 @@ def lance(index: ImageIndex, scratch: Path, candidates: int) -> Iterator[Engine]
     yield Engine("LanceDB, no index", "exact scan", written - start, _bytes(scratch, "**/*"), find)
     table.create_index("global", config=IvfPq(distance_type="cosine", max_iterations=10))
     built = time.perf_counter() - start
-    setting = "sqrt(n) lists, 32 probed, refine 4, 10 iterations"
-    yield Engine("LanceDB, IVF-PQ", setting, built, _bytes(scratch, "**/*"), lambda vector: find(vector, 4))
+    size = _bytes(scratch, "**/*")
+    for refine in (4, 16):
+        setting = f"sqrt(n) lists, 32 probed, E / 16 bytes, refine {refine}, 10 iterations"
+        yield Engine("LanceDB, IVF-PQ", setting, built, size, partial(find, refine=refine))
 
 
-def postgres(index: ImageIndex, url: str, candidates: int) -> Engine:
-    """pgvector: halfvec columns, HNSW on the global features."""
+def postgres(index: ImageIndex, url: str, candidates: int) -> Iterator[Engine]:
+    """pgvector: halfvec columns, HNSW on the global features; looking at twice the candidates, then as far as it can."""
     import psycopg
     from pgvector import HalfVector
     from pgvector.psycopg import register_vector
@@ -173,7 +175,6 @@ def postgres(index: ImageIndex, url: str, candidates: int) -> Engine:
     db.execute("set maintenance_work_mem = '4GB'")  # the graph is built in memory
     db.execute("create index on engines_tiles using hnsw (global halfvec_cosine_ops)")
     db.execute("analyze engines_tiles")
-    db.execute(f"set hnsw.ef_search = {2 * candidates}")
     build_s = time.perf_counter() - start
     (size,) = db.execute("select pg_total_relation_size('engines_tiles')").fetchone() or (0,)
     ask = "select id, global, match from engines_tiles order by global <=> %s limit %s"
@@ -183,8 +184,10 @@ def postgres(index: ImageIndex, url: str, candidates: int) -> Engine:
         halves = [torch.from_numpy(np.stack([row[n].to_numpy() for row in rows]).astype(np.float32)) for n in (1, 2)]
         return np.array([row[0] for row in rows]), halves[0], halves[1].unflatten(1, (scales, -1))
 
-    setting = f"m 16, ef_construction 64, ef_search {2 * candidates}"
-    return Engine("pgvector, HNSW", setting, build_s, size, find, db.info.backend_pid)
+    for ef_search in (2 * candidates, 1000):
+        db.execute(f"set hnsw.ef_search = {ef_search}")
+        setting = f"m 16, ef_construction 64, ef_search {ef_search}"
+        yield Engine("pgvector, HNSW", setting, build_s, size, find, db.info.backend_pid)
 
 
 def _halves(column: Any, rows: int, *shape: int) -> torch.Tensor:
@@ -320,7 +323,8 @@ def main() -> None:
     for engine in lance(index, scratch, parsed.candidates):
         compare(engine)
     if parsed.postgres:
-        compare(postgres(index, parsed.postgres, parsed.candidates))
+        for engine in postgres(index, parsed.postgres, parsed.candidates):
+            compare(engine)
     if parsed.plaid_python:
         script = Path(__file__).with_name("engines_plaid.py")
         call = [parsed.plaid_python, str(script), str(Path(parsed.scratch) / "plaid"), str(parsed.plaid_records)]
