@@ -149,7 +149,7 @@ def lance(index: ImageIndex, scratch: Path, candidates: int) -> Iterator[Engine]
 
 
 def postgres(index: ImageIndex, url: str, candidates: int) -> Iterator[Engine]:
-    """pgvector: halfvec columns, HNSW on the global features; it looks at twice the candidates, then as far as it can."""
+    """pgvector: halfvec, HNSW on the global features; it looks at twice the candidates, then as far as it can."""
     import psycopg
     from pgvector import HalfVector
     from pgvector.psycopg import register_vector
