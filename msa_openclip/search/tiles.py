@@ -18,7 +18,7 @@ from .checksums import CheckedFile
 from .files import damaged, open_parquet, read_columns
 from .schema import bounds, to_images
 
-_GROUPS_KEPT = 16
+_GROUPS_KEPT = 128  # of some 0.3 MB
 
 
 class _Part:
