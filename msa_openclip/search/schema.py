@@ -137,13 +137,18 @@ def to_table(images: Sequence[CaptionedImage]) -> pa.Table:
     return table
 
 
+def columns_of_images(schema: pa.Schema) -> list[str]:
+    """The columns that `to_images` needs: neither vectors, nor bounds, which the outline has."""
+    return [name for name in schema.names if name not in (*VECTORS, "bbox")]
+
+
 def to_images(table: pa.Table) -> list[CaptionedImage]:
-    """The inverse of `to_table`; vectors are passed over.
+    """The inverse of `to_table`, of the columns `columns_of_images`; others are passed over.
 
     Raises:
         ValueError: a row holds what `to_table` does not write.
     """
-    names = [name for name in table.column_names if name not in (*VECTORS, "datetime")]
+    names = [name for name in columns_of_images(table.schema) if name != "datetime"]
     return [
         _image({**row, "datetime": when})
         for row, when in zip(table.select(names).to_pylist(), _instants(table["datetime"]), strict=True)
@@ -191,7 +196,9 @@ def parquet(table: pa.Table, product: Product) -> bytes:
     """A table as GeoParquet 1.1 with what its vectors are, rows as they come."""
     described = table.replace_schema_metadata(_file_metadata(table, product))
     out = io.BytesIO()
-    pq.write_table(described, out, compression="zstd", row_group_size=ROW_GROUP)
+    # Most texts differ from row to row, and those that do not ZSTD shortens as well: without dictionaries files are
+    # smaller by a quarter, and read faster by as much.
+    pq.write_table(described, out, compression="zstd", row_group_size=ROW_GROUP, use_dictionary=False)
     return out.getvalue()
 
 

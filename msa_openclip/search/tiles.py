@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..data.captioned import CaptionedImage
 from .checksums import CheckedFile
 from .files import damaged, open_parquet, read_columns
-from .schema import bounds, to_images
+from .schema import bounds, columns_of_images, to_images
 
 _GROUPS_KEPT = 128  # of some 0.3 MB
 
@@ -58,9 +58,9 @@ class _Part:
         return pa.table({name: self._columns[name] for name in names})
 
     def group(self, number: int) -> pa.Table:
-        """All columns of a row group."""
+        """What images are made of, of a row group."""
         rows = self.group_ends[number] - (self.group_ends[number - 1] if number else 0)
-        return read_columns(self.segment, self._file, self.schema.names, rows, number)
+        return read_columns(self.segment, self._file, columns_of_images(self.schema), rows, number)
 
     def image(self, group: pa.Table, row: int) -> CaptionedImage:
         """The image in a row of a row group."""
