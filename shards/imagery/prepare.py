@@ -18,6 +18,7 @@ SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # what ope
 _FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "WEBP", "TIFF", "JPEG2000")
 """Decoded within Pillow; EPS, behind whatever name, it would hand to Ghostscript, a program.  JPEG includes MPO."""
 _PLAIN_MODES = ("RGB", "L", "P", "RGBA", "LA", "1")  # convert("RGB") does the right thing; CMYK and 16 bit are ours
+DEFAULTS = ImageOptions()
 _ORIENTATION = 0x0112
 _GDAL_NODATA = 42113  # tag of TIFF
 _NEVER_MEASURED = 1e38
@@ -56,13 +57,12 @@ def prepare(data: bytes, options: ImageOptions) -> EncodedImage:
         return EncodedImage(data, suffix, image.width, image.height)
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, options: ImageOptions = DEFAULTS) -> Image.Image:
     """The pixels that a shard would hold, RGB; what a shard would hold as PNG is not encoded first, which takes 20 ms.
 
     Raises:
         ImageProblem: unreadable, cut short, or of too many pixels.
     """
-    options = ImageOptions()
     with _problems(), _opened(data, options) as image:
         if _suffix_as_it_is(image, data, options) is not None:
             return image.convert("RGB")
@@ -92,7 +92,16 @@ def _opened(data: bytes, options: ImageOptions) -> Image.Image:
     image = open_image(data)
     if image.width * image.height > options.max_pixels:
         raise ImageProblem(f"{image.width} x {image.height} pixels exceed max_pixels {options.max_pixels}")
+    if image.format == "TIFF" and not _covered(image):  # Pillow makes black what no strip is of
+        raise ImageProblem(f"its strips or tiles do not cover its {image.width} x {image.height} pixels")
     return image
+
+
+def _covered(image: Image.Image) -> bool:
+    """False if a file names fewer strips or tiles than its pixels need."""
+    boxes = [part.extents for part in getattr(image, "tile", ())]
+    area = sum(max(0, right - left) * max(0, lower - upper) for left, upper, right, lower in boxes)
+    return area >= image.width * image.height
 
 
 def _suffix_as_it_is(image: Image.Image, data: bytes, options: ImageOptions) -> str | None:

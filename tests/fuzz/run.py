@@ -96,7 +96,9 @@ def main() -> int:
                 tried, seed = tried + 500, seed + 1
         except Exception as error:
             found += 1
-            print(f"{name}: {type(error).__name__}: {error}\n  kept in {CORPUS / name}; seed {seed}", flush=True)
+            for one in getattr(error, "exceptions", [error]):  # hypothesis groups what differs
+                print(f"{name}: {type(one).__name__}: {one}", flush=True)
+            print(f"  the last one is kept in {CORPUS / name}; seed {seed}", flush=True)
         else:
             print(f"{name}: nothing found in about {tried:,} inputs (seeds {parsed.seed} to {seed - 1})", flush=True)
     return 1 if found else 0

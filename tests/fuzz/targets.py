@@ -115,11 +115,13 @@ def _training(data: bytes, folder: Path) -> None:
 
 
 def _image(data: bytes, _: Path) -> None:
+    most = 1_000_000  # pixels; by default they are 179 million, which take seconds
     decoded = None
     with suppress(ImageProblem), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        decoded = decode(data)
-    for options in (ImageOptions(), ImageOptions(check="decode"), ImageOptions(resize_px=5)):
+        decoded = decode(data, ImageOptions(max_pixels=most))
+    for changes in ({}, {"check": "decode"}, {"resize_px": 5}):
+        options = ImageOptions(max_pixels=most, **changes)
         with suppress(ImageProblem), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of damaged EXIF data
             made = prepare(data, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from pathlib import Path
 
@@ -108,6 +109,18 @@ def test_pixels_of_a_tiff_are_not_encoded_on_the_way(monkeypatch: pytest.MonkeyP
     data = encoded(picture(2), "TIFF")
     monkeypatch.setattr("msa_openclip.shards.imagery.prepare.encode", lambda *_: pytest.fail("encoded"))
     decode(data)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "F"])
+def test_a_tiff_whose_strips_do_not_cover_it_is_refused(mode: str) -> None:
+    data = encoded(picture(2, (13, 7)).convert(mode), "TIFF")
+    assert decode(data).size == (13, 7)
+    height = struct.pack("<HHI", 257, 4, 1)
+    assert data.count(height + struct.pack("<I", 7)) == 1
+    taller = data.replace(height + struct.pack("<I", 7), height + struct.pack("<I", 700))
+    for read in (decode, lambda given: prepare(given, ImageOptions())):
+        with pytest.raises(ImageProblem, match="do not cover its 13 x 700 pixels"):
+            read(taller)
 
 
 def test_stated_quality_decides_the_size_of_transcoded_jpegs() -> None:
