@@ -99,7 +99,7 @@ def _opened(data: bytes, options: ImageOptions) -> Image.Image:
 
 def _covered(image: Image.Image) -> bool:
     """False if a file names fewer strips or tiles than its pixels need."""
-    boxes = [part.extents for part in getattr(image, "tile", ())]
+    boxes: list[tuple[int, int, int, int]] = [part.extents for part in getattr(image, "tile", ())]
     area = sum(max(0, right - left) * max(0, lower - upper) for left, upper, right, lower in boxes)
     return area >= image.width * image.height
 
