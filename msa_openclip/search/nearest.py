@@ -50,12 +50,13 @@ class _Approximate:
 
     def __init__(self, index: ImageIndex, kind: str) -> None:
         self.index, self.faiss = index, _faiss()
-        recipe = _recipe(kind, len(index), next(features.shape[1] for _, features in index.features()))
+        width = index.feature_rows(torch.arange(1)).shape[1]
+        recipe = _recipe(kind, len(index), width)
         path = Path(index.folder) / f"{kind}-{_digest(index, recipe)}.faiss"
         if path.exists() and _sums(path).exists():
             self.ann = self._read(path)
         else:
-            self.ann = _build(self.faiss, index, recipe)
+            self.ann = _build(self.faiss, index, recipe, width)
             self._keep(path)
 
     def _read(self, path: Path) -> Any:
@@ -130,9 +131,8 @@ def _recipe(kind: str, count: int, width: int) -> str:
     return f"IVF{lists},PQ{parts}x4fs"
 
 
-def _build(faiss: Any, index: ImageIndex, recipe: str) -> Any:
+def _build(faiss: Any, index: ImageIndex, recipe: str, width: int) -> Any:
     count = len(index)
-    width = next(features.shape[1] for _, features in index.features())
     ann = faiss.index_factory(width, recipe, faiss.METRIC_INNER_PRODUCT)
     if recipe.startswith("HNSW"):
         ann.hnsw.efSearch = 512

@@ -18,7 +18,7 @@ SUFFIX = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # what ope
 _FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "WEBP", "TIFF", "JPEG2000")
 """Decoded within Pillow; EPS, behind whatever name, it would hand to Ghostscript, a program.  JPEG includes MPO."""
 _PLAIN_MODES = ("RGB", "L", "P", "RGBA", "LA", "1")  # convert("RGB") does the right thing; CMYK and 16 bit are ours
-DEFAULTS = ImageOptions()
+_DEFAULTS = ImageOptions()
 _ORIENTATION = 0x0112
 _GDAL_NODATA = 42113  # tag of TIFF
 _NEVER_MEASURED = 1e38
@@ -57,7 +57,7 @@ def prepare(data: bytes, options: ImageOptions) -> EncodedImage:
         return EncodedImage(data, suffix, image.width, image.height)
 
 
-def decode(data: bytes, options: ImageOptions = DEFAULTS) -> Image.Image:
+def decode(data: bytes, options: ImageOptions = _DEFAULTS) -> Image.Image:
     """The pixels that a shard would hold, RGB; what a shard would hold as PNG is not encoded first, which takes 20 ms.
 
     Raises:
