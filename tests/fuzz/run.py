@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -26,6 +27,11 @@ from hypothesis import seed as seeded
 CORPUS = Path(__file__).parent / "corpus"
 LONGEST_S = 20
 """A case that takes longer hangs."""
+MUTANTS = 9
+"""Tried of each input that hypothesis draws, which takes longer than reading it."""
+_PIECES = (b'"', b"'", b"\n", b"\r", b"\0", b",", b"\t", b"[", b"]", b"{", b"}", b":", b"\\", b"-1", b"9" * 30,
+           b"1e999", b"NaN", b"\xff", b"\xff\xff\xff\xff", b"\x80\x00\x00\x00",
+           b"\xed\xa0\x80", b"\xef\xbb\xbf")  # fmt: skip
 
 
 def cases(name: str) -> list[Path]:
@@ -53,6 +59,19 @@ def run_case(name: str, data: bytes) -> None:
         signal.signal(signal.SIGALRM, before)
 
 
+def mutants(data: bytes) -> Iterator[bytes]:
+    """The input with a few places cut out, overwritten, or copied elsewhere; the same ones each time."""
+    chance = random.Random(data)
+    for _ in range(MUTANTS):
+        mutant = data
+        for _ in range(chance.choice((1, 1, 2, 4))):
+            at, size = chance.randrange(len(mutant) + 1), chance.choice((0, 1, 1, 2, 4, 16, 512))
+            start = chance.randrange(len(mutant) + 1)
+            piece = chance.choice((b"", chance.randbytes(size), mutant[start : start + size], chance.choice(_PIECES)))
+            mutant = mutant[:at] + piece + mutant[at + chance.choice((0, len(piece), size)) :]
+        yield mutant
+
+
 def search(name: str, examples: int, seed: int) -> None:
     """Try inputs; the smallest that breaks a promise is kept in the corpus, and its error is raised."""
     failing: list[bytes] = []
@@ -64,11 +83,12 @@ def search(name: str, examples: int, seed: int) -> None:
     )  # fmt: skip
     @given(TARGETS[name].inputs)
     def attempt(data: bytes) -> None:
-        try:
-            run_case(name, data)
-        except BaseException:
-            failing.append(data)
-            raise
+        for case in (data, *mutants(data)):
+            try:
+                run_case(name, case)
+            except BaseException:
+                failing.append(case)
+                raise
 
     try:
         attempt()
@@ -93,7 +113,7 @@ def main() -> int:
         try:
             while time.monotonic() < end:
                 search(name, examples=500, seed=seed)
-                tried, seed = tried + 500, seed + 1
+                tried, seed = tried + 500 * (1 + MUTANTS), seed + 1
         except Exception as error:
             found += 1
             for one in getattr(error, "exceptions", [error]):  # hypothesis groups what differs
