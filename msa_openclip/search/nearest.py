@@ -24,6 +24,8 @@ Nearest = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """Normalised queries (Q, E) and K -> cosines (Q, K) and rows (Q, K), best first; row -1 is none."""
 LARGE = 100_000
 """From this many images on, `auto` takes IVF-PQ instead of scanning."""
+_FEWEST = 16
+"""Images that FAISS needs to learn codes of 4 bits; fewer are scanned, whatever is asked for."""
 _TRAINING_PER_LIST = 40
 _TRAINING_ROUNDS = 10  # of k-means
 _log = logging.getLogger(__name__)
@@ -33,6 +35,8 @@ _MORE = 4  # candidates that FAISS gives for each that is wanted; exact cosines 
 def nearest(index: ImageIndex, kind: str = "auto") -> Nearest:
     """How an index finds its nearest: an exact scan, or FAISS built once and kept in the index's folder.
 
+    A few images are scanned, whatever `kind` says: FAISS cannot learn from them.
+
     Raises:
         ImageIndexError: `kind` is unknown, or FAISS is missing.
     """
@@ -40,7 +44,7 @@ def nearest(index: ImageIndex, kind: str = "auto") -> Nearest:
         raise ImageIndexError(f"nearest: {kind!r} is unknown; choose one of {', '.join(KINDS)}.")
     if kind == "auto":
         kind = "ivfpq" if len(index) >= LARGE else "flat"
-    if kind == "flat":
+    if kind == "flat" or len(index) < _FEWEST:
         return lambda queries, k: scan(index, queries, k)
     return _Approximate(index, kind)
 

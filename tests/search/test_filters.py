@@ -9,30 +9,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from helpers.index_files import append_part, tiles_of
 from helpers.retrieval_data import square
 
 from msa_openclip.data.captioned import CaptionedImage
 from msa_openclip.search import condition
-from msa_openclip.search.checksums import CheckedFile, checksums
 from msa_openclip.search.filters import SearchError, SearchFilter
-from msa_openclip.search.schema import Product, parquet, to_table
 from msa_openclip.search.tiles import Tiles
 from msa_openclip.shards.records import Location
 
-PRODUCT = Product(model="MSA-x=y.pt", fingerprint="ab" * 32, embed_dim=5)
 SLANTED = {"type": "Polygon", "coordinates": [[[20, 0], [24, 4], [23, 5], [19, 1], [20, 0]]]}
 ACROSS = {"type": "MultiPolygon", "coordinates": [square(179, 10)["coordinates"], square(-180, 10)["coordinates"]]}
 OVER_POLE = {"type": "Polygon", "coordinates": [[[-180, 88], [180, 88], [180, 90], [-180, 90], [-180, 88]]]}
 FOOTPRINTS = [square(12, 50), square(13, 50), SLANTED, ACROSS, OVER_POLE, None]
-
-
-def tiles_of(folder: Path, parts: list[list[CaptionedImage]]) -> Tiles:
-    tiles = Tiles()
-    for number, images in enumerate(parts):
-        path = folder / f"{number}.parquet"
-        path.write_bytes(parquet(to_table(images), PRODUCT))
-        tiles.append(folder, CheckedFile(path, checksums(path)), len(images))
-    return tiles
 
 
 @pytest.fixture(scope="module")
@@ -263,11 +252,9 @@ def test_bounds_and_values_of_some_rows(tmp_path: Path) -> None:
     ]
     tiles = tiles_of(tmp_path, [images[:2], images[2:3]])
     assert tiles.bounds[:, 0].tolist() == [0, 1, 2]
-    assert (
-        tiles.bounds is tiles.bounds
-    )  # decoded once: a query over a million takes milliseconds, not a tenth of a second
-    (tmp_path / "late.parquet").write_bytes(parquet(to_table(images[3:]), PRODUCT))
-    tiles.append(tmp_path, CheckedFile(tmp_path / "late.parquet", checksums(tmp_path / "late.parquet")), 2)
+    # Decoded once: a query over a million takes milliseconds, not a tenth of a second.
+    assert tiles.bounds is tiles.bounds
+    append_part(tiles, tmp_path / "late.parquet", images[3:])
     assert tiles.bounds[:, 0].tolist() == [0, 1, 2, 3, 4]
     assert tiles.values("id", np.array([1, 2, 4])) == ["i1", "i2", "i4"]
     assert tiles.values("id", np.array([], dtype=np.int64)) == []

@@ -275,6 +275,10 @@ def test_one_image_no_image_and_too_many_answers(model: LoadedModel, images, tmp
     build_index(model, [], str(tmp_path / "none"))
     none = Searcher(ImageIndex(str(tmp_path / "none"), model))
     assert none.by_text(QUERIES) == [[], [], []]
+    for kind in ("flat", "ivfpq", "hnsw"):  # FAISS learns nothing from so few
+        assert Searcher(none.index, nearest=nearest(none.index, kind)).by_text(QUERIES) == [[], [], []]
+        hits = Searcher(one.index, nearest=nearest(one.index, kind)).by_text(QUERIES)
+        assert [[hit.row for hit in found] for found in hits] == [[0], [0], [0]]
     assert none.by_image([scene(1)]) == [[]]
     assert none.texts_of([scene(1)]) == [[]]
     assert one.by_text([]) == []

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from helpers.index_files import append_part, tiles_of
 
 from msa_openclip.data.captioned import CaptionedImage
 from msa_openclip.search import schema, tiles
-from msa_openclip.search.checksums import CheckedFile, checksums
 from msa_openclip.search.files import ImageIndexError
-from msa_openclip.search.schema import Product, parquet, to_table
+from msa_openclip.search.schema import to_table
 from msa_openclip.shards.records import Location
-
-PRODUCT = Product(model="MSA-x=y.pt", fingerprint="ab" * 32, embed_dim=5)
 
 
 def image(number: int) -> CaptionedImage:
@@ -25,48 +23,38 @@ def image(number: int) -> CaptionedImage:
 
 
 @pytest.fixture
-def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Files of 7 and 4 images in row groups of 3."""
+def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tiles.Tiles:
+    """Segments of 7 and 4 images in row groups of 3."""
     monkeypatch.setattr(schema, "ROW_GROUP", 3)
-    paths = [tmp_path / "0.parquet", tmp_path / "1.parquet"]
-    for path, numbers in zip(paths, (range(7), range(7, 11)), strict=True):
-        path.write_bytes(parquet(to_table([image(number) for number in numbers]), PRODUCT))
-    return paths
+    return tiles_of(tmp_path, [[image(number) for number in numbers] for numbers in (range(7), range(7, 11))])
 
 
-def opened(parts: list[Path], *counts: int) -> tiles.Tiles:
-    found = tiles.Tiles()
-    for path, count in zip(parts, counts, strict=True):
-        found.append(path.parent, CheckedFile(path, checksums(path)), count)
-    return found
-
-
-def test_images_of_several_row_groups(parts: list[Path]) -> None:
-    found = opened(parts, 7, 4)
+def test_images_of_several_row_groups(found: tiles.Tiles) -> None:
     assert list(found) == [image(number) for number in range(11)]
     assert [found[number] for number in (10, 0, 6, 7, 3, 2)] == [image(number) for number in (10, 0, 6, 7, 3, 2)]
 
 
-def test_an_image_costs_the_decoding_of_its_row_group_once(parts: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_costs_the_decoding_of_its_row_group_once(found: tiles.Tiles, monkeypatch: pytest.MonkeyPatch) -> None:
     read, decoded = tiles.read_columns, []
     monkeypatch.setattr(tiles, "read_columns", lambda *asked: decoded.append(asked[3:]) or read(*asked))
-    found = opened(parts, 7, 4)
     assert [found[number].image_id for number in (4, 5, 10, 4)] == ["i4", "i5", "i10", "i4"]
     assert decoded == [(3, 1), (1, 1)]
 
 
-def test_another_number_of_rows_is_damage(parts: list[Path]) -> None:
+def test_another_number_of_rows_is_damage(tmp_path: Path) -> None:
+    damaged = tiles.Tiles()
+    append_part(damaged, tmp_path / "0.parquet", [image(number) for number in range(7)], count=8)
     with pytest.raises(ImageIndexError, match="7 rows in row groups, expected 8"):
-        opened(parts, 8, 4)[0]
+        damaged[0]
 
 
-def test_times_are_read_without_pandas(parts: list[Path]) -> None:
+def test_times_are_read_without_pandas(found: tiles.Tiles, tmp_path: Path) -> None:
     """Which takes a third of a second to import, at the first search of a process."""
     pytest.importorskip("pandas", reason="pandas is not installed")
     code = (
         "import sys, pyarrow.parquet as pq\n"
         "from msa_openclip.search.schema import to_images\n"
-        f"(image,) = to_images(pq.ParquetFile({str(parts[0])!r}).read().slice(2, 1))\n"
+        f"(image,) = to_images(pq.ParquetFile({str(tmp_path / '0.parquet')!r}).read().slice(2, 1))\n"
         "assert 'pandas' not in sys.modules\n"
         "print(image.metadata)"
     )

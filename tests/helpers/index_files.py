@@ -1,0 +1,26 @@
+"""Metadata of an index on disk, without a model and without vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from msa_openclip.data.captioned import CaptionedImage
+from msa_openclip.search.checksums import CheckedFile, checksums
+from msa_openclip.search.schema import Product, parquet, to_table
+from msa_openclip.search.tiles import Tiles
+
+
+def append_part(tiles: Tiles, path: Path, images: Sequence[CaptionedImage], count: int | None = None) -> None:
+    """Write images as one more segment, which claims to have `count` of them."""
+    product = Product(model="MSA-x=y.pt", fingerprint="ab" * 32, embed_dim=5)
+    path.write_bytes(parquet(to_table(images), product))
+    tiles.append(path.parent, CheckedFile(path, checksums(path)), len(images) if count is None else count)
+
+
+def tiles_of(folder: Path, parts: Sequence[Sequence[CaptionedImage]]) -> Tiles:
+    """A segment for each part."""
+    tiles = Tiles()
+    for number, images in enumerate(parts):
+        append_part(tiles, folder / f"{number}.parquet", images)
+    return tiles
