@@ -289,6 +289,7 @@ def main() -> None:
     parser.add_argument("--postgres", help="URL of a server with pgvector")
     parser.add_argument("--plaid-python", help="a Python that has fast-plaid, which wants a torch of its own")
     parser.add_argument("--plaid-records", type=int, default=10_000)
+    parser.add_argument("--plaid-tokens", type=int, default=49, help="an image (default: %(default)s)")
     parser.add_argument("--out", required=True)
     parsed = parser.parse_args()
     torch.set_num_threads(parsed.threads)
@@ -327,7 +328,8 @@ def main() -> None:
             compare(engine)
     if parsed.plaid_python:
         script = Path(__file__).with_name("engines_plaid.py")
-        call = [parsed.plaid_python, str(script), str(Path(parsed.scratch) / "plaid"), str(parsed.plaid_records)]
+        sizes = [str(parsed.plaid_records), str(parsed.plaid_tokens)]
+        call = [parsed.plaid_python, str(script), str(Path(parsed.scratch) / "plaid"), *sizes]
         done = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True)
         add(json.loads(done.stdout.splitlines()[-1]))
 

@@ -1,10 +1,11 @@
 """A ColBERT-style engine, fast-plaid, on patch tokens: bytes an image, milliseconds a query; run by engines.py.
 
-    python benchmarks/engines_plaid.py FOLDER RECORDS
+    python benchmarks/engines_plaid.py FOLDER RECORDS [TOKENS]
 
 It needs fast-plaid, which is built for one version of torch, and nothing of this package.  Tokens are synthetic: 49 an
-image, of 128 numbers, each near one of 2,000 centres, an image's near six of them; queries have 12 tokens, each near
-one of an image's.  Exact is the sum over the query's tokens of the largest product, over all images.
+image, or TOKENS (16 are what pooling a map of 7 x 7 to 4 x 4 leaves), of 128 numbers, each near one of 2,000 centres,
+an image's near six of them; queries have 12 tokens, each near one of an image's.  Exact is the sum over the query's
+tokens of the largest product, over all images.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from pathlib import Path
 import torch
 from fast_plaid.search import FastPlaid
 
-TOKENS, WIDTH, CENTRES, OWN, QUERIES, QUERY_TOKENS, WARM_UP, TOP = 49, 128, 2_000, 6, 50, 12, 5, 10
+WIDTH, CENTRES, OWN, QUERIES, QUERY_TOKENS, WARM_UP, TOP = 128, 2_000, 6, 50, 12, 5, 10
 
 
-def drawn(records: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens of images (n, 49, 128) and of queries (Q, 12, 128), of length 1."""
+def drawn(records: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of images (n, tokens, 128) and of queries (Q, 12, 128), of length 1."""
     torch.manual_seed(0)
     centres = torch.randn(CENTRES, WIDTH)
     own = torch.randint(CENTRES, (records, OWN))
-    which = own.gather(1, torch.randint(OWN, (records, TOKENS)))
-    images = torch.nn.functional.normalize(centres[which] + 0.7 * torch.randn(records, TOKENS, WIDTH), dim=-1)
+    which = own.gather(1, torch.randint(OWN, (records, tokens)))
+    images = torch.nn.functional.normalize(centres[which] + 0.7 * torch.randn(records, tokens, WIDTH), dim=-1)
     asked = torch.randint(records, (QUERIES + WARM_UP,))
-    tokens = images[asked][:, torch.randperm(TOKENS)[:QUERY_TOKENS]]
-    queries = torch.nn.functional.normalize(tokens + 0.05 * torch.randn_like(tokens), dim=-1)
+    some = images[asked][:, torch.randperm(tokens)[:QUERY_TOKENS]]
+    queries = torch.nn.functional.normalize(some + 0.05 * torch.randn_like(some), dim=-1)
     return images, queries
 
 
@@ -43,9 +44,9 @@ def exact(images: torch.Tensor, query: torch.Tensor) -> set[int]:
 
 
 def main() -> None:
-    folder, records = Path(sys.argv[1]), int(sys.argv[2])
+    folder, records, tokens = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 49
     torch.set_num_threads(1)
-    images, queries = drawn(records)
+    images, queries = drawn(records, tokens)
     shutil.rmtree(folder, ignore_errors=True)
     engine = FastPlaid(index=str(folder), device="cpu")
     start = time.perf_counter()
@@ -60,7 +61,7 @@ def main() -> None:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     row = {
         "engine": f"fast-plaid {version('fast-plaid')}",
-        "setting": f"{TOKENS} synthetic tokens of {WIDTH} numbers, 4 bits, recall against its own exact MaxSim",
+        "setting": f"{tokens} synthetic tokens of {WIDTH} numbers, 4 bits, recall against its own exact MaxSim",
         "records": records,
         "recall_at_10": round(statistics.mean(recalls), 4),
         "find_ms": {"p50": round(statistics.median(times[WARM_UP:]), 2)},
