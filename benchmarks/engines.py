@@ -329,7 +329,7 @@ def main() -> None:
     if parsed.plaid_python:
         script = Path(__file__).with_name("engines_plaid.py")
         sizes = [str(parsed.plaid_records), str(parsed.plaid_tokens)]
-        call = [parsed.plaid_python, str(script), str(Path(parsed.scratch) / "plaid"), *sizes]
+        call = [parsed.plaid_python, str(script), str(Path(parsed.scratch) / "-".join(["plaid", *sizes])), *sizes]
         done = subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True)
         add(json.loads(done.stdout.splitlines()[-1]))
 
