@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..search.filters import SearchFilter
+    from ..search.index import ImageIndex
     from ..search.searcher import Hit
 
 
@@ -85,6 +86,8 @@ def run(parsed: argparse.Namespace) -> None:
     """Search and print."""
     if bool(parsed.queries) == bool(parsed.like or parsed.describe):
         raise UsageError("give either texts, or images with --like or --describe")
+    if parsed.describe and parsed.format in ("geojson", "stac"):
+        raise UsageError(f"--describe finds captions, of which --format {parsed.format} has none; take table or json")
 
     from ..search.index import ImageIndex
     from ..search.known_models import model_of, remember
@@ -97,9 +100,9 @@ def run(parsed: argparse.Namespace) -> None:
     searcher = Searcher(index, candidates=parsed.candidates, nearest=nearest(index, parsed.nearest))
     where = _filter(parsed)
     if parsed.bbox or parsed.polygon:
-        unplaced = index.images.columns(["bbox"])["bbox"].null_count if len(index) else 0
-        if unplaced:
-            print(f"left out: {unplaced} of {len(index)} images, of which no place on Earth is known", file=sys.stderr)
+        _say_unknown(index, "bbox", "place on Earth")
+    if parsed.since or parsed.until:
+        _say_unknown(index, "datetime", "date")
     names = parsed.queries
     if parsed.queries:
         names = [line.rstrip("\n") for line in sys.stdin] if names == ["-"] else names
@@ -117,6 +120,13 @@ def run(parsed: argparse.Namespace) -> None:
         store.write_bytes(parsed.out, f"{text}\n".encode())
     elif text:
         print(text)
+
+
+def _say_unknown(index: ImageIndex, column: str, what: str) -> None:
+    """How many images a filter leaves out because they lack what it asks for."""
+    unknown = index.images.columns([column])[column].null_count if len(index) else 0
+    if unknown:
+        print(f"left out: {unknown} of {len(index)} images, of which no {what} is known", file=sys.stderr)
 
 
 def _shown(how: str, names: Sequence[str], answers: Sequence[Sequence[Hit]]) -> str:
@@ -148,18 +158,28 @@ def _pictures(paths: Sequence[str]) -> list[Image.Image]:
 
 
 def _filter(parsed: argparse.Namespace) -> SearchFilter | None:
-    from ..data.small_files import read_text
     from ..search.filters import SearchFilter
 
     where = SearchFilter(
         classes=frozenset(parsed.classes),
         bbox=parsed.bbox,
-        polygon=read_text(parsed.polygon) if parsed.polygon and os.path.exists(parsed.polygon) else parsed.polygon,
+        polygon=_polygon(parsed.polygon) if parsed.polygon else None,
         since=parsed.since,
         until=parsed.until,
         where=parsed.where,
     )
     return None if where == SearchFilter() else where
+
+
+def _polygon(named: str) -> str:
+    """The text of a file, or WKT as it was given."""
+    from ..data.small_files import read_text
+
+    if os.path.exists(named):
+        return read_text(named)
+    if "(" not in named and "{" not in named:
+        raise UsageError(f"--polygon {named}: no such file, and no WKT such as 'POLYGON((12 50, 14 50, 14 52, 12 50))'")
+    return named
 
 
 def _row(hit: Hit) -> dict[str, Any]:
@@ -172,6 +192,7 @@ def _row(hit: Hit) -> dict[str, Any]:
         "class": hit.image.label,
         "url": location.url,
         "offset": location.offset,
+        "window": list(location.window) if location.window else None,
     }
 
 

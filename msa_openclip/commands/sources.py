@@ -62,6 +62,7 @@ def read_sources(parsed: argparse.Namespace) -> list[CaptionedImage]:
     if parsed.folder:
         return read_folder(parsed.folder)
 
+    from ..data.repeats import without_repeats
     from ..data.scenes import Tiling, read_scenes
     from ..data.stac import read_stac
     from ..data.windows import read_windows
@@ -75,8 +76,9 @@ def read_sources(parsed: argparse.Namespace) -> list[CaptionedImage]:
             if parsed.scenes
             else read_stac(parsed.stac, asset=parsed.asset, tiling=tiling)
         )
-    name_left_out(skipped, "scenes or tiles")
-    return tiles
+    kept, repeated = without_repeats(tiles)
+    name_left_out([*skipped, *repeated], "scenes or tiles")
+    return kept
 
 
 def name_left_out(skipped: Sequence[Skipped], what: str) -> None:

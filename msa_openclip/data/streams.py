@@ -115,6 +115,8 @@ def _info(url: str) -> dict[str, Any]:
 
 
 def _version(url: str, info: dict[str, Any]) -> str:
+    if store.is_local(url):  # without the time of other rights, under any name
+        return repr([os.path.abspath(store.local_path(url)), info.get("size"), info.get("mtime")])
     return repr([url, *(info.get(name) for name in store.VERSION_FIELDS)])
 
 

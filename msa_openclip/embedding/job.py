@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..data.captioned import CaptionedImage
+from ..data.repeats import without_repeats
 from ..data.scenes import Skipped
 from ..distributed import Peers
 from .embedder import Embedder, EmbedError
 from .options import ENGINES, PARTITION_IMAGES
-from .partitions import Partition, Written, partitions, without_repeats, write_vectors
+from .partitions import Partition, Written, partitions, write_vectors
 
 
 @dataclass(frozen=True)

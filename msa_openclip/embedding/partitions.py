@@ -17,7 +17,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,21 +72,6 @@ def partitions(images: Sequence[CaptionedImage], size: int = PARTITION_IMAGES) -
         raise EmbedError(f"partition_images: {size} must be at least 1.")
     spans = batch_spans(len(images), size)
     return [Partition(number, len(spans), images[span.start : span.stop]) for number, span in enumerate(spans)]
-
-
-def without_repeats(images: Iterable[CaptionedImage]) -> tuple[list[CaptionedImage], list[Skipped]]:
-    """The images, each name with its content once (or its place, where content is not known), and what was left out."""
-    kept: list[CaptionedImage] = []
-    repeated: list[Skipped] = []
-    seen = set()
-    for image in images:
-        identity = image.image_id, image.content or image.location
-        if identity in seen:
-            repeated.append(Skipped(image.image_id, "its id occurs twice in the list"))
-            continue
-        seen.add(identity)
-        kept.append(image)
-    return kept, repeated
 
 
 def write_vectors(partition: Partition, embedder: Embedder, folder: str) -> Written:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from ..data.captioned import CaptionedImage, EvalDataError
 from ..data.pixels import batch_spans, batches, image_pixels
 from ..data.readers import content_of
+from ..data.repeats import identity, without_repeats
 from ..data.streams import StreamError
 from ..distributed import Peers
 from ..evaluation.loading import LoadedModel
@@ -138,12 +139,13 @@ def publish(root: Path, manifest: Manifest) -> None:
 
 
 class Known:
-    """The images of an index, by id and content and by the spot where they lie."""
+    """The images of an index: which ones, the spots where they lie, and the version of each scene."""
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
         self._root = root
-        self.images: set[tuple[str, str]] = set()
+        self.images: set[Hashable] = set()
         self._spots: set[Location] = set()
+        self._scenes: dict[str, str] = {}
         for segment in manifest.segments:
             folder, files = root / segment.name, checked_files(root, segment)
             for file in (TILES, REJECTED):
@@ -152,26 +154,40 @@ class Known:
                 parquet = open_parquet(folder, files[file])
                 rows = read_columns(folder, parquet, ["id", "content", "source", "place", "window"])
                 content = [text or "" for text in rows["content"].to_pylist()]
-                self.images.update(zip(rows["id"].to_pylist(), content, strict=True))
+                found = locations(rows)
+                self.images.update(map(identity, rows["id"].to_pylist(), content, found))
                 if file == TILES:
-                    self._spots.update(map(_spot, locations(rows)))
+                    spots = [_spot(place) for place in found]
+                    self._spots.update(spots)
+                    self._scenes.update(
+                        (spot.url, text) for spot, text in zip(spots, content, strict=True) if spot.window and text
+                    )
 
     def has(self, image: CaptionedImage) -> bool:
         """Whether this very image is there."""
-        return (image.image_id, image.content) in self.images
+        return identity(image.image_id, image.content, image.location) in self.images
+
+    def add(self, image: CaptionedImage) -> None:
+        """From now on it is there."""
+        self.images.add(identity(image.image_id, image.content, image.location))
 
     def require_unchanged(self, new: Sequence[CaptionedImage]) -> None:
-        """Refuse new images that lie where others lay when they were indexed.
+        """Refuse new images that lie where others lay when they were indexed, and tiles of scenes that have changed.
 
         Raises:
-            ImageIndexError: some do.
+            ImageIndexError: there are some.
         """
-        changed = [image for image in new if _spot(image.location) in self._spots]
+        changed = [image for image in new if self._is_changed(image)]
         if changed:
             raise ImageIndexError(
                 f"{self._root}: {len(changed)} images are not what they were when they were indexed, first "
                 f"{changed[0].location.url}: {changed[0].image_id}. Build a new index."
             )
+
+    def _is_changed(self, image: CaptionedImage) -> bool:
+        spot = _spot(image.location)
+        known = self._scenes.get(spot.url) if spot.window and image.content else None
+        return known != image.content if known else spot in self._spots
 
 
 def _new_images(root: Path, manifest: Manifest, images: Sequence[CaptionedImage]) -> list[CaptionedImage]:
@@ -183,8 +199,11 @@ def _new_images(root: Path, manifest: Manifest, images: Sequence[CaptionedImage]
     known = Known(root, manifest)
     with_content = [image if image.content else replace(image, content=content_of(image.location)) for image in images]
     new = [image for image in with_content if not known.has(image)]
-    if len({(image.image_id, image.content) for image in new}) != len(new):
-        raise ImageIndexError(f"{root}: an image_id occurs twice among the {len(new)} images to add.")
+    _, repeated = without_repeats(new)
+    if repeated:
+        raise ImageIndexError(
+            f"{root}: image {repeated[0].file!r} occurs twice among the {len(new)} to add; leave one of them out."
+        )
     known.require_unchanged(new)
     return new
 

@@ -28,7 +28,11 @@ _LIMITED = "it takes too much time or memory; ask for less."
 _REFUSED, _TOO_MUCH = 3, 4
 """Exit codes of the process."""
 _MOST_LETTERS = 400  # of a complaint, which may repeat the condition
-_CHILD = "import sys; sys.path.pop(0); from msa_openclip.search.condition import answer; answer()"
+# Nothing is imported from the current folder, which Python puts first, as "".
+_CHILD = (
+    "import sys; sys.path = [path for path in sys.path if path]; "
+    "from msa_openclip.search.condition import answer; answer()"
+)
 _LOCKED: dict[str, Any] = {
     "enable_external_access": False,
     "autoload_known_extensions": False,

@@ -220,7 +220,7 @@ def read_tables(url: str, rows: int) -> Iterator[pa.Table]:
 
 
 def _new_rows(url: str, table: pa.Table, known: Known) -> tuple[pa.Table, int]:
-    """The rows that are not in the index yet, and how many are; ids that name two images are refused."""
+    """The rows that are not in the index yet, and how many are."""
     try:
         images = to_images(table.drop_columns([name for name in VECTORS if name in table.column_names]))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -230,7 +230,7 @@ def _new_rows(url: str, table: pa.Table, known: Known) -> tuple[pa.Table, int]:
     fresh: list[int] = []
     for row, image in enumerate(images):
         if not known.has(image):
-            known.images.add((image.image_id, image.content))
+            known.add(image)
             fresh.append(row)
     known.require_unchanged([images[row] for row in fresh])
     seen = len(images) - len(fresh)

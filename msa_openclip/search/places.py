@@ -158,7 +158,8 @@ def polygon(text: str) -> Any:
     """
     module = shapely()
     try:
-        drawn = _geojson_shape(module, json.loads(text)) if text.lstrip().startswith("{") else from_wkt(text)
+        text = text.lstrip("\ufeff \t\r\n")
+        drawn = _geojson_shape(module, json.loads(text)) if text.startswith("{") else from_wkt(text)
         west, south, east, north = drawn.bounds
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, module.errors.ShapelyError) as error:
         raise PlaceError(f"polygon: neither WKT nor GeoJSON ({error}).") from error
@@ -178,10 +179,14 @@ def _geojson_shape(module: Any, content: Any) -> Any:
 def _on_earth(region: Any) -> Any:
     """A region with what lies beyond the antimeridian moved to the other side."""
     module = shapely()
-    turns = [module.transform(region, lambda at, by=by: np.add(at, (by, 0))) for by in (-360, 0, 360)]
-    parts = module.get_parts([module.intersection(turn, module.box(-180, -90, 180, 90)) for turn in turns])
-    dimension = module.get_dimensions(region)  # a polygon that ends at one side touches the other, in a line
-    return module.union_all([part for part in parts if module.get_dimensions(part) == dimension])
+    earth = module.box(-180, -90, 180, 90)
+    found: list[Any] = []
+    for part in module.get_parts(region):
+        turns = [module.transform(part, lambda at, by=by: np.add(at, (by, 0))) for by in (-360, 0, 360)]
+        pieces = module.get_parts(module.intersection(turns, earth))
+        # A polygon that ends at one side touches the other, in a line.
+        found += [piece for piece in pieces if module.get_dimensions(piece) == module.get_dimensions(part)]
+    return module.union_all(found)
 
 
 def overlap(

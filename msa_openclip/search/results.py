@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -20,7 +21,7 @@ def geojson(answers: Answers) -> dict[str, Any]:
             "type": "Feature",
             "id": _id(hit),
             "geometry": _geo(hit).get("footprint"),
-            "properties": _scores(query, rank, hit) | _known(hit),
+            "properties": _known(hit) | _scores(query, rank, hit),
         }
         for query, rank, hit in _found(answers)
     ]
@@ -53,7 +54,7 @@ def _item(query: str, rank: int, hit: Hit) -> dict[str, Any]:
         "id": re.sub(r"[/\\]", "_", _id(hit)),  # no part of a path
         "geometry": outline,
         **({"bbox": _bbox(outline)} if outline else {}),
-        "properties": times | _scores(query, rank, hit) | known,
+        "properties": known | _scores(query, rank, hit) | times,
         "links": [],
         "assets": {"image": {"href": hit.image.location.url, "roles": ["data"]}},
     }
@@ -85,9 +86,18 @@ def _known(hit: Hit) -> dict[str, Any]:
     assert hit.image is not None
     meta, location = hit.image.metadata.get("meta"), hit.image.location
     return {
-        **(dict(meta) if isinstance(meta, Mapping) else {}),
+        **(_finite(dict(meta)) if isinstance(meta, Mapping) else {}),
         "class": hit.image.label,
         "captions": list(hit.image.captions),
         "source": location.url,
         "window": list(location.window) if location.window else None,
     }
+
+
+def _finite(value: Any) -> Any:
+    """With null for what JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

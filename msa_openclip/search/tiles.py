@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -73,14 +74,17 @@ class _Part:
 
 
 def united(schemas: Iterable[pa.Schema]) -> pa.Schema:
-    """The columns of all schemas; one that is of several kinds of numbers is float64, of other kinds text."""
-    found: dict[str, pa.DataType] = {}
+    """The columns of all schemas; one that is of several kinds of numbers is float64, of other kinds text.
+
+    Names that differ in case alone are one column, as engines have it, called as it is first.
+    """
+    found: dict[str, pa.Field] = {}
     for field in (field for schema in schemas for field in schema):
-        before = found.setdefault(field.name, field.type)
-        if before != field.type:
-            numbers = all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in (before, field.type))
-            found[field.name] = pa.float64() if numbers else pa.string()
-    return pa.schema(list(found.items()))
+        before = found.setdefault(field.name.lower(), pa.field(field.name, field.type))
+        if before.type != field.type:
+            numbers = all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in (before.type, field.type))
+            found[field.name.lower()] = before.with_type(pa.float64() if numbers else pa.string())
+    return pa.schema(list(found.values()))
 
 
 def in_schema(table: pa.Table, schema: pa.Schema, rows: int | None = None) -> pa.Table:
@@ -92,13 +96,27 @@ def in_schema(table: pa.Table, schema: pa.Schema, rows: int | None = None) -> pa
         rows: how many the table has, which one without columns does not know.
     """
     count = len(table) if rows is None else rows
+    there = _by_name(table.column_names)
     columns = [
-        table[field.name].cast(field.type)
-        if field.name in table.column_names
+        _as(table[there[field.name.lower()]], field.type)
+        if field.name.lower() in there
         else pa.chunked_array([pa.nulls(count, field.type)])
         for field in schema
     ]
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _by_name(names: Iterable[str]) -> dict[str, str]:
+    """Names by what they are without regard to case, the first of several."""
+    return {name.lower(): name for name in reversed(list(names))}
+
+
+def _as(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """A column in a type; lists and structs become JSON where text is wanted."""
+    if not (pa.types.is_nested(column.type) and pa.types.is_string(kind)):
+        return column.cast(kind)
+    texts = [None if value is None else json.dumps(value, default=str) for value in column.to_pylist()]
+    return pa.chunked_array([pa.array(texts, kind)])
 
 
 def _place(ends: Sequence[int], row: int) -> tuple[int, int]:
@@ -171,5 +189,6 @@ class Tiles(Sequence[CaptionedImage]):
 
     @staticmethod
     def _columns(part: _Part, schema: pa.Schema) -> pa.Table:
-        there = part.table([name for name in schema.names if name in part.schema.names])
-        return in_schema(there, schema, part.images)
+        there = _by_name(part.schema.names)
+        wanted = [there[name.lower()] for name in schema.names if name.lower() in there]
+        return in_schema(part.table(wanted), schema, part.images)

@@ -30,9 +30,11 @@ class Worker:
 
     def __init__(self) -> None:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        # The current folder, which may hold anybody's data, is none to import from: Python puts it first, as "".
+        start = "import sys; sys.path = [path for path in sys.path if path]"
         # Ctrl-C reaches the whole process group; the caller decides what it means, from the first import on.
         ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
-        command = [sys.executable, "-c", f"{ignore}; from {__package__}.worker import main; main()"]
+        command = [sys.executable, "-c", f"{start}; {ignore}; from {__package__}.worker import main; main()"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
     def call(self, work: Callable[[Job], Result], job: Job) -> Result:

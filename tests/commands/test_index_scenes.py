@@ -66,6 +66,50 @@ def test_a_scene_that_changed_is_not_added_again(spec: str, tmp_path: Path, caps
     assert "2 images are not what they were when they were indexed" in capsys.readouterr().err
 
 
+def test_a_scene_of_another_size_is_a_changed_one(
+    spec: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where it is one tile, whose window is another then."""
+    scene = tmp_path / "scenes/a.tif"
+    write_scene(scene, 0)
+    command = ["index", spec, str(tmp_path / "index"), "--scenes", str(scene)]
+    assert main([*command, "--tile-px", "128"]) == 0
+    write_scene(scene, 1)
+    os.utime(scene, ns=(1, 1))
+    capsys.readouterr()
+    assert main([*command, "--tile-px", "64"]) == 1
+    assert "2 images are not what they were when they were indexed" in capsys.readouterr().err
+
+
+def test_more_tiles_of_a_known_scene_whatever_its_rights_and_path(
+    spec: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_scene(tmp_path / "scenes/a.tif", 0)
+    assert main(["index", spec, "index", "--scenes", "scenes/a.tif", "--tile-px", "64"]) == 0
+    (tmp_path / "scenes/a.tif").chmod(0o600)
+    assert main(["index", spec, "index", "--scenes", str(tmp_path / "scenes/a.tif"), "--tile-px", "32"]) == 0
+    assert "10 images, 8 of them new" in capsys.readouterr().out
+
+
+def test_two_windows_under_one_name_are_two_images(
+    spec: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_scene(tmp_path / "a.tif", 0)
+    row = "field,a.tif,{},0,32,32\n"
+    for name, columns in (("one", (0,)), ("other", (32,)), ("both", (0, 32, 32))):
+        lines = "".join(row.format(column) for column in columns)
+        (tmp_path / f"{name}.csv").write_text(f"id,href,col_off,row_off,width,height\n{lines}")
+    command = ["index", spec, str(tmp_path / "index"), "--windows"]
+    for name, expected in (("one", "1 images, 1 of"), ("other", "2 images, 1 of"), ("both", "2 images, 0 of")):
+        assert main([*command, str(tmp_path / f"{name}.csv")]) == 0
+        printed = capsys.readouterr()
+        assert expected in printed.out
+    assert "left out: field: it occurs twice in the list" in printed.err
+    opened = ImageIndex(str(tmp_path / "index"), load(spec))
+    assert sorted(image.location.window for image in opened.images) == [(0, 0, 32, 32), (32, 0, 32, 32)]
+
+
 def test_wrong_tiles_are_refused(spec: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_scene(tmp_path / "scenes/a.tif", 0)
     command = ["index", spec, str(tmp_path / "index"), "--scenes", str(tmp_path / "scenes")]

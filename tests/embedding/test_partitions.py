@@ -19,8 +19,9 @@ from helpers.retrieval_data import randomise, scene
 
 from msa_openclip.data.captioned import CaptionedImage
 from msa_openclip.data.readers import read_folder
+from msa_openclip.data.repeats import without_repeats
 from msa_openclip.embedding.embedder import Embedder, EmbedError
-from msa_openclip.embedding.partitions import partitions, without_repeats, write_vectors
+from msa_openclip.embedding.partitions import partitions, write_vectors
 from msa_openclip.search.schema import product_of, to_images
 
 COUNT, SIZE = 7, 3
@@ -132,7 +133,7 @@ def test_images_that_cannot_be_read_are_named_and_counted_every_time(
 def test_repeated_images_are_named_and_left_out_once(images: list[CaptionedImage]) -> None:
     kept, repeated = without_repeats([*images, images[2], images[2]])
     assert kept == images
-    assert repeated == [("2.png", "its id occurs twice in the list")] * 2
+    assert repeated == [("2.png", "it occurs twice in the list")] * 2
 
 
 def test_wrong_sizes_are_refused(images: list[CaptionedImage]) -> None:

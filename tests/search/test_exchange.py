@@ -191,6 +191,20 @@ def test_rows_that_come_twice_are_counted_and_taken_once(parts: Path, model: Loa
     assert len(ImageIndex(str(tmp_path / "new"), model)) == 7
 
 
+def test_rows_without_content_are_told_by_their_places(parts: Path, model: LoadedModel, tmp_path: Path) -> None:
+    first = sorted(parts.glob("*.parquet"))[0]
+
+    def namesakes(table: pa.Table) -> pa.Table:
+        two = table.slice(0, 2)
+        for name, values in (("id", ["x", "x"]), ("content", [None, None]), ("source", ["a.png", "b.png"])):
+            two = two.set_column(two.column_names.index(name), name, pa.array(values, pa.string()))
+        return two
+
+    rewritten(first, namesakes)
+    assert import_partitions(str(tmp_path / "new"), [str(first)]) == (2, 0)
+    assert import_partitions(str(tmp_path / "new"), [str(first)]) == (0, 2)
+
+
 def test_commands(built: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts, new = str(tmp_path / "parts"), str(tmp_path / "new")
     assert cli.main(["index", "export", built, parts]) == 0
@@ -226,7 +240,11 @@ def test_a_search_by_place_and_expression_as_geojson(
     assert cli.main([*command, "--where", "clouds >= 1"]) == 1
     error = capsys.readouterr().err.strip().splitlines()
     assert "The columns are id, source, content" in error[-1]
-    assert len(error) == 2
+    assert len(error) == 2 + ("no date is known" in error[1])
+    assert cli.main(["search", built, "harbor", "--model", model.spec, "--polygon", "none.geojson"]) == 2
+    assert "--polygon none.geojson: no such file, and no WKT" in capsys.readouterr().err
+    assert cli.main(["search", built, "--describe", "x.png", "--format", "stac"]) == 2
+    assert "--describe finds captions, of which --format stac has none" in capsys.readouterr().err
     assert cli.main([*command, "--bbox", "4,0,5,1", "--format", "stac"]) == 0
     assert json.loads(capsys.readouterr().out)["features"] == []
 

@@ -13,7 +13,7 @@ from helpers.index_files import append_part, tiles_of
 from helpers.retrieval_data import square
 
 from msa_openclip.data.captioned import CaptionedImage
-from msa_openclip.search import condition
+from msa_openclip.search import condition, places
 from msa_openclip.search.filters import SearchError, SearchFilter
 from msa_openclip.search.tiles import Tiles
 from msa_openclip.shards.records import Location
@@ -243,6 +243,37 @@ def test_images_and_columns_of_all_segments(tiles: Tiles) -> None:
     assert tiles[4:6] == [tiles[4], tiles[5]]
     assert tiles.columns(["gsd"])["gsd"].to_pylist() == ["0.5", "0.5", "0.5", "10 m", "10 m", "10 m"]
     assert tiles.columns(["datetime"])["datetime"][2].as_py() == datetime(2020, 2, 29, tzinfo=timezone.utc)
+
+
+def known(number: int, **meta: object) -> CaptionedImage:
+    return CaptionedImage(f"i{number}", Location("a.tif"), (), metadata={"meta": meta})
+
+
+def test_names_that_differ_in_case_alone_are_one_column(tmp_path: Path) -> None:
+    pytest.importorskip("duckdb", reason="duckdb (extra archive) is not installed")
+    tiles = tiles_of(tmp_path, [[known(0, Cloud=5)], [known(1, cloud=6.5)], [known(2, CLOUD=20)]])
+    assert found(tiles, where="cloud < 10") == found(tiles, where="Cloud < 10") == [0, 1]
+    assert [image.metadata["meta"] for image in tiles] == [{"Cloud": 5}, {"cloud": 6.5}, {"CLOUD": 20}]
+
+
+def test_a_column_of_lists_here_and_texts_there_is_text(tmp_path: Path) -> None:
+    pytest.importorskip("duckdb", reason="duckdb (extra archive) is not installed")
+    tiles = tiles_of(tmp_path, [[known(0, bands="rgb")], [known(1, bands="nir")]])
+    part = tiles._parts[1]
+    part._columns["bands"] = pa.chunked_array([pa.array([["r", "nir"]])])
+    part.__dict__["schema"] = part.schema.set(
+        part.schema.get_field_index("bands"), pa.field("bands", pa.list_(pa.string()))
+    )
+    assert found(tiles, where="bands like '%nir%'") == [1]
+    assert tiles.columns(["bands"])["bands"].to_pylist() == ["rgb", '["r", "nir"]']
+
+
+def test_each_part_of_a_region_keeps_its_dimension() -> None:
+    far = {"type": "Feature", "properties": {}, "geometry": square(100, 10)}
+    point = {"type": "Feature", "properties": {}, "geometry": {"type": "Point", "coordinates": [12.5, 50.5]}}
+    drawn = places.polygon("\ufeff" + json.dumps({"type": "FeatureCollection", "features": [far, point]}))
+    assert drawn.covers(places.polygon("POINT(12.5 50.5)"))
+    assert drawn.area == 1
 
 
 def test_bounds_and_values_of_some_rows(tmp_path: Path) -> None:

@@ -48,6 +48,16 @@ def test_geojson(tmp_path: Path) -> None:
     assert frame["score"].tolist() == [2.5, 1.5]
 
 
+def test_what_a_list_says_of_an_image_hides_nothing_that_the_search_says() -> None:
+    meta = {"query": "q", "rank": 7, "score": 0.9, "datetime": "x", "cloud": float("nan"), "bands": [1.0, float("inf")]}
+    hits = [Hit(2.5, 0.5, (), CaptionedImage("b", Location("b.png"), (), metadata={"meta": meta}))]
+    for found in (geojson([("a river", hits)]), item_collection([("a river", hits)])):
+        properties = json.loads(json.dumps(found, allow_nan=False))["features"][0]["properties"]
+        assert (properties["query"], properties["rank"], properties["score"]) == ("a river", 1, 2.5)
+        assert (properties["cloud"], properties["bands"]) == (None, [1.0, None])
+    assert properties["datetime"] is None
+
+
 def test_item_collection() -> None:
     pystac = pytest.importorskip("pystac", reason="pystac (extra stac) is not installed")
     items = list(pystac.ItemCollection.from_dict(json.loads(json.dumps(item_collection(ANSWERS.items())))))

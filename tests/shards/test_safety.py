@@ -22,6 +22,7 @@ from helpers.shards_data import karpathy, shard_bytes, tar_members
 from msa_openclip.shards import BuildOptions, ImageOptions, ShardError, build, verify
 from msa_openclip.shards.building.writer import DiskFull
 from msa_openclip.shards.command_line import main
+from msa_openclip.shards.running.worker import Worker
 
 
 @pytest.fixture
@@ -32,6 +33,17 @@ def source(tmp_path: Path) -> Path:
 def run_build(source: Path, out: Path | str, **options: Any) -> Any:
     made = BuildOptions(**{"shards": 6} | options)
     return build(str(source), str(out), images=str(source.parent / "images"), options=made)
+
+
+def test_workers_import_nothing_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pickle", "signal", "os"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('code of a data folder ran')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # as a console script has it
+    worker = Worker()
+    assert worker.call(len, [1, 2]) == 2
+    worker.terminate()
+    worker.close()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
