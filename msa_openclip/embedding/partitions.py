@@ -4,11 +4,12 @@
     for part in parts[rank::world_size]:
         write_vectors(part, embedder, "parts")     # skips what is whole
 
-    PARTS/NUMBER-DIGEST.parquet          a partition as `search.schema` has it, rows along a Hilbert curve
-    PARTS/NUMBER-DIGEST.left-out.jsonl   a line for each of its images that could not be read: id, source, window, why
+    PARTS/NUMBER-LIST-DIGEST.parquet          a partition as `search.schema` has it, rows along a Hilbert curve
+    PARTS/NUMBER-LIST-DIGEST.left-out.jsonl   a line for each of its images that cannot be read: id, source, window, why
 
-The digest is that of the model and of the rows with their content, so that a name stands for what is in the file, and
-whoever writes a partition, and whenever, writes the same.  A file has its name once it is whole and on the disk.
+LIST is a digest of the names and places in the whole list, by which workers of different lists are told.  DIGEST is
+that of the model and of the rows with their content, so that a name stands for what is in the file, and whoever writes
+a partition, and whenever, writes the same.  A file has its name once it is whole and on the disk.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from ..shards.storage import store
 from .embedder import Embedder, EmbedError
 from .options import PARTITION_IMAGES
 
-_NAME = re.compile(r"(\d{6,})-([0-9a-f]{16})\.parquet")
+_NAME = re.compile(r"(\d{6,})-(?:([0-9a-f]{8})-)?[0-9a-f]{16}\.parquet")
 _log = logging.getLogger(__name__)
 
 
@@ -47,6 +48,8 @@ class Partition:
     of: int
     """How many parts the list has."""
     images: Sequence[CaptionedImage]
+    list_digest: str = "0" * 8
+    """Tells the list and the size of its parts from others, in 8 hexadecimal digits."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,16 @@ def partitions(images: Sequence[CaptionedImage], size: int = PARTITION_IMAGES) -
     if size < 1:
         raise EmbedError(f"partition_images: {size} must be at least 1.")
     spans = batch_spans(len(images), size)
-    return [Partition(number, len(spans), images[span.start : span.stop]) for number, span in enumerate(spans)]
+    digest = _list_digest(images, size)
+    return [Partition(number, len(spans), images[span.start : span.stop], digest) for number, span in enumerate(spans)]
+
+
+def _list_digest(images: Sequence[CaptionedImage], size: int) -> str:
+    """Of names and places; content, which may have to be read for it, is in the digest of each part."""
+    digest = hashlib.sha256(f"{size}\n".encode())
+    for image in images:
+        digest.update(f"{image.image_id!r} {image.location!r}\n".encode())
+    return digest.hexdigest()[:8]
 
 
 def write_vectors(partition: Partition, embedder: Embedder, folder: str) -> Written:
@@ -82,16 +94,17 @@ def write_vectors(partition: Partition, embedder: Embedder, folder: str) -> Writ
         embedder: of the model, with vectors in float16.
         folder: where to, a path or fsspec URL.
     Raises:
-        EmbedError: the folder holds this part of another list, or of another model.
+        EmbedError: the folder holds a part of another list, or this one of another model.
         StreamError: a store cannot be reached.
     """
     images = [
         image if image.content else replace(image, content=content_of(image.location)) for image in partition.images
     ]
     table = to_table(images)
-    name = _name(partition.number, table, embedder.product)
+    name = _name(partition, table, embedder.product)
     store.make_folder(folder)
-    _tidy(folder, partition, name)
+    _tidy(folder, name)
+    _require_one_list(folder, partition, name)
     url = store.join(folder, name)
     rows = _rows_of_whole(url)
     if rows is not None:
@@ -109,6 +122,8 @@ def write_vectors(partition: Partition, embedder: Embedder, folder: str) -> Writ
         store.remove(_left_out_file(url))
     whole = columns.filter(pc.is_null(columns["error"])).drop_columns(["error"])
     _despite_others(lambda: write_partition(url, whole, embedder.product))
+    # Of two workers who started at once with different lists, the later finds out here.
+    _require_one_list(folder, partition, name)
     return Written(url, len(whole), tuple(map(_skipped, left_out)), new=True)
 
 
@@ -120,28 +135,33 @@ def _despite_others(write: Callable[[], None]) -> None:
         write()
 
 
-def _name(number: int, table: pa.Table, product: Product) -> str:
+def _name(partition: Partition, table: pa.Table, product: Product) -> str:
     digest = hashlib.sha256(json.dumps([product.fingerprint, dict(product.settings)], sort_keys=True).encode())
     for row in table.to_pylist():
         digest.update(json.dumps(row, sort_keys=True, default=_plain).encode())
-    return f"{number:06d}-{digest.hexdigest()[:16]}.parquet"
+    return f"{partition.number:06d}-{partition.list_digest}-{digest.hexdigest()[:16]}.parquet"
 
 
 def _plain(value: Any) -> str:
     return value.hex() if isinstance(value, bytes) else str(value)
 
 
-def _tidy(folder: str, partition: Partition, name: str) -> None:
-    """Remove what a killed worker left of this partition, and refuse a folder of another list: it would be read twice.
-
-    Raises:
-        EmbedError: the folder holds this part of another list.
-    """
+def _tidy(folder: str, name: str) -> None:
+    """Remove what a killed worker left of this partition."""
     for other in store.names(folder):
         if store.target_of_temporary(other) in (name, _left_out_file(name)):
             store.remove(store.join(folder, other))
+
+
+def _require_one_list(folder: str, partition: Partition, name: str) -> None:
+    """Refuse a folder with parts of another list: their images would be there twice, or missing.
+
+    Raises:
+        EmbedError: the folder holds a part of another list, or this one of another model.
+    """
+    for other in store.names(folder):
         found = _NAME.fullmatch(other)
-        if found and other != name and (int(found[1]) == partition.number or int(found[1]) >= partition.of):
+        if found and other != name and (int(found[1]) == partition.number or found[2] != partition.list_digest):
             raise EmbedError(
                 f"{store.join(folder, other)}: part {int(found[1])} of another list, model or size of partitions. "
                 "Give the same ones again to go on, or another folder: an index is made of any number of folders."

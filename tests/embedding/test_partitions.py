@@ -116,6 +116,16 @@ def test_parts_of_another_list_are_refused(images: list[CaptionedImage], spec: s
             write_all(other, spec, tmp_path / "parts")
 
 
+def test_workers_with_different_lists_are_told(images: list[CaptionedImage], spec: str, tmp_path: Path) -> None:
+    """One of them lacks an image, so that parts of other numbers lose it or hold another twice."""
+    embedder = Embedder(spec, precision="fp32")
+    write_vectors(partitions([*images[:1], *images[2:]], SIZE)[0], embedder, str(tmp_path / "parts"))
+    with pytest.raises(EmbedError, match=r"000000-.*\.parquet: part 0 of another list, model or size of partitions"):
+        write_vectors(partitions(images, SIZE)[1], embedder, str(tmp_path / "parts"))
+    (first,) = (tmp_path / "parts").iterdir()
+    assert first.name.startswith("000000-")
+
+
 def test_images_that_cannot_be_read_are_named_and_counted_every_time(
     images: list[CaptionedImage], spec: str, tmp_path: Path
 ) -> None:
