@@ -9,7 +9,6 @@ sample distance) and where it lies on Earth in WGS84 (`footprint`, `bbox`).
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from ..shards.storage import store
 from .captioned import CaptionedImage, EvalDataError
 from .footprints import footprint
 from .steady_scenes import steady_scene
-from .streams import StreamError, retrying, version_of
+from .streams import StreamError, is_absent, retrying, version_of
 
 SCENE_EXTENSIONS = (".tif", ".tiff")
 Window = tuple[int, int, int, int]
@@ -85,11 +84,13 @@ def read_scenes(
     """Tiles of scenes, in the order of the sources, and what was left out.
 
     Args:
-        sources: scenes, folders of scenes, or patterns such as `scenes/*.tif`; local or fsspec URLs.
+        sources: scenes, folders of scenes, or patterns such as `scenes/*.tif`, in which `*` stands for no slash and
+            `**` for any number of folders; local or fsspec URLs.
         tiling: how they are cut.
         metadata: joins the metadata of every tile.
     Raises:
         EvalDataError: a source does not exist or holds no scene, or nothing is left.
+        StreamError: a store cannot be reached.
     """
     tiling = tiling or Tiling()
     tiles: list[CaptionedImage] = []
@@ -98,33 +99,69 @@ def read_scenes(
         try:
             tiles += _tiles(url, tiling, metadata or {}, skipped)
         except (ImageProblem, StreamError) as problem:
-            skipped.append(Skipped(url, str(problem)))
+            skipped.append(Skipped(url, reason_to_skip(problem)))
     if not tiles:
-        why = f"first {skipped[0].file}: {skipped[0].reason}" if skipped else "no scene"
-        raise EvalDataError(f"{', '.join(sources)}: no tile can be used; {why}.")
+        raise nothing_left(", ".join(sources), skipped, "no scene")
     return tiles, skipped
 
 
+def read_scene(url: str, tiling: Tiling, metadata: dict[str, Any]) -> tuple[list[CaptionedImage], list[Skipped]]:
+    """Tiles of one scene, whose address is taken as it stands, and which of them were left out.
+
+    Raises:
+        ImageProblem: it is absent or broken.
+        StreamError: its store cannot be reached.
+    """
+    skipped: list[Skipped] = []
+    return list(_tiles(url, tiling, metadata, skipped)), skipped
+
+
+def reason_to_skip(problem: ImageProblem | StreamError) -> str:
+    """Why a scene is left out of a list.
+
+    Raises:
+        StreamError: its store cannot be reached, which says nothing of the scene: ranks, or the same command later,
+            would make other lists.
+    """
+    if isinstance(problem, StreamError) and not is_absent(problem):
+        raise problem
+    return str(problem)
+
+
+def nothing_left(what: str, skipped: Sequence[Skipped], otherwise: str) -> EvalDataError:
+    """What to raise where no tile is left: with the first of those left out, or why there was none."""
+    why = f"first {skipped[0].file}: {skipped[0].reason.rstrip('.')}" if skipped else otherwise
+    return EvalDataError(f"{what}: no tile can be used; {why}.")
+
+
 def _expand(source: str) -> list[str]:
-    """The scenes of a folder or pattern; a single scene is itself."""
-    folder, name = store.parent(source), store.base_name(source)
-    if any(sign in name for sign in "*?["):
-        names = [found for found in _listing(folder) if fnmatch.fnmatch(found, name)]
-    elif source.lower().endswith(SCENE_EXTENSIONS):
-        return [source]
-    else:
-        folder = source
-        names = [found for found in _listing(folder) if found.lower().endswith(SCENE_EXTENSIONS)]
-    if not names:
-        raise EvalDataError(f"{source}: no scene; expected files that end in {' or '.join(SCENE_EXTENSIONS)}.")
-    return [store.join(folder, found) for found in names]
-
-
-def _listing(folder: str) -> list[str]:
+    """The scenes of a folder or pattern; a single scene is itself, also where its name looks like a pattern."""
+    signs = "*[" if source.startswith(("http://", "https://")) else "*?["  # behind the ? of a URL stands a signature
+    path = source.partition("?")[0] if "?" not in signs else source
     try:
-        return retrying(folder, lambda: sorted(store.listing(folder)))
+        if any(sign in source for sign in signs):
+            found = retrying(source, lambda: _matching(source))
+        elif path.lower().endswith(SCENE_EXTENSIONS):
+            return [source]
+        else:
+            found = retrying(source, lambda: _below(source))
     except StreamError as error:
         raise EvalDataError(str(error)) from error
+    if not found:
+        raise EvalDataError(f"{source}: no scene; expected files that end in {' or '.join(SCENE_EXTENSIONS)}.")
+    return found
+
+
+def _matching(source: str) -> list[str]:
+    """What has just this name, file or folder, else the files that match it."""
+    if store.is_file(source):
+        return [source]
+    return _below(source) if store.is_folder(source) else store.matching(source)
+
+
+def _below(folder: str) -> list[str]:
+    names = (name for name in sorted(store.listing(folder)) if name.lower().endswith(SCENE_EXTENSIONS))
+    return [store.join(folder, name) for name in names]
 
 
 def _tiles(url: str, tiling: Tiling, metadata: dict[str, Any], skipped: list[Skipped]) -> Iterator[CaptionedImage]:

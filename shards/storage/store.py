@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import posixpath
 import re
@@ -84,6 +85,14 @@ def is_folder(url: str) -> bool:
         return os.path.isdir(local_path(url))
     fs, path = filesystem(url)
     return bool(fs.isdir(path))
+
+
+def is_file(url: str) -> bool:
+    """True if `url` is a file."""
+    if is_local(url):
+        return os.path.isfile(local_path(url))
+    fs, path = filesystem(url)
+    return bool(fs.isfile(path))
 
 
 def is_link(url: str) -> bool:
@@ -228,6 +237,21 @@ def listing(folder: str) -> list[str]:
     fs, path = _fresh(folder)
     cut = len(path.rstrip("/")) + 1
     return sorted(name[cut:] for name in fs.find(path))
+
+
+def matching(pattern: str) -> list[str]:
+    """Files whose whole names match a pattern, under names as the pattern writes them, in sorted order.
+
+    `*`, `?` and `[...]` stand for no slash, `**` for any number of folders.
+    """
+    if is_local(pattern):
+        path = local_path(pattern)
+        prefix = pattern.removesuffix(path)
+        return sorted(prefix + name for name in glob.glob(path, recursive=True) if not os.path.isdir(name))
+    fs, path = _fresh(pattern)
+    found = fs.glob(path, detail=True)
+    prefix = pattern.removesuffix(path.lstrip("/"))  # the protocol, and the host where names are without it
+    return sorted(prefix + name.lstrip("/") for name, info in found.items() if info["type"] != "directory")
 
 
 def _walk(root: str) -> Iterator[str]:
