@@ -6,7 +6,8 @@ build_index(model, tiles, "fields.index")
 href (or source, scene, url)           the scene; a relative one lies beside the list
 col_off, row_off, width, height        a window of it in pixels, or
 geometry                               a place in WGS84 (WKB; in CSV WKT), of which the bounds are taken
-id, class, caption, datetime           optional; without an id it is the scene with its window
+id, class, caption, datetime           optional; without an id it is the scene with its window; in CSV href, id, class
+                                       and caption are texts word for word: 001, NA
 ...                                    every other column is kept as metadata (`meta`)
 """
 
@@ -24,7 +25,7 @@ from ..shards.records import ImageProblem
 from ..shards.storage import store
 from .captioned import CaptionedImage, EvalDataError
 from .outlines import OutlineError, from_wkb, from_wkt
-from .scenes import Skipped, Window, scene_version, window_tile
+from .scenes import Skipped, Window, nothing_left, reason_to_skip, scene_version, window_tile
 from .steady_scenes import steady_scene
 from .streams import StreamError, read_if_there
 
@@ -33,6 +34,7 @@ _SCENE_NAMES = ("href", "source", "scene", "url")
 _WINDOW_NAMES = ("col_off", "row_off", "width", "height")
 _GEOMETRY_NAMES = ("geometry", "wkt")
 _OWN = frozenset((*_SCENE_NAMES, *_WINDOW_NAMES, *_GEOMETRY_NAMES, "id", "class", "caption", "datetime", "bbox"))
+_TEXTS = (*_SCENE_NAMES, *_GEOMETRY_NAMES, "id", "class", "caption")
 _EPS = 1e-3  # of a pixel: rounding of a projection there and back must not add a row of pixels
 _DEGREES = ("EPSG:4326", "OGC:CRS84", "EPSG:4979", "OGC:CRS84h")
 
@@ -44,6 +46,7 @@ def read_windows(path: str) -> tuple[list[CaptionedImage], list[Skipped]]:
         path: the list, local or by any fsspec URL.
     Raises:
         EvalDataError: it cannot be read, lacks a column, is in other coordinates than WGS84, or no tile is left.
+        StreamError: the store of a scene cannot be reached.
     """
     rows = _read(path)
     by_scene: dict[str, list[Mapping[str, Any]]] = {}
@@ -59,10 +62,9 @@ def read_windows(path: str) -> tuple[list[CaptionedImage], list[Skipped]]:
         try:
             tiles += _tiles(url, wanted, skipped)
         except (ImageProblem, StreamError) as problem:
-            skipped.append(Skipped(url, f"{problem} ({len(wanted)} windows)"))
+            skipped.append(Skipped(url, f"{reason_to_skip(problem)} ({len(wanted)} windows)"))
     if not tiles:
-        why = f"first {skipped[0].file}: {skipped[0].reason}" if skipped else "it has no rows"
-        raise EvalDataError(f"{path}: no tile can be used; {why}.")
+        raise nothing_left(path, skipped, "it has no rows")
     return tiles, skipped
 
 
@@ -88,8 +90,8 @@ def _window(scene: Any, row: Mapping[str, Any]) -> Window | str:
     """The window that a row asks for, or why there is none."""
     if any(row.get(name) is not None for name in _WINDOW_NAMES):
         try:
-            left, top, width, height = (int(row[name]) for name in _WINDOW_NAMES)
-        except (KeyError, TypeError, ValueError):
+            left, top, width, height = (_whole(row[name]) for name in _WINDOW_NAMES)
+        except (KeyError, TypeError, ValueError, OverflowError):
             return f"{', '.join(_WINDOW_NAMES)} must be whole numbers, all of them"
         if left < 0 or top < 0 or width < 1 or height < 1 or left + width > scene.width or top + height > scene.height:
             return f"not within the {scene.width} x {scene.height} pixels of the scene"
@@ -97,12 +99,27 @@ def _window(scene: Any, row: Mapping[str, Any]) -> Window | str:
     bounds = _bounds(next((row[name] for name in _GEOMETRY_NAMES if row.get(name)), None))
     if bounds is None:
         return "neither a window nor a geometry that can be read"
-    return _window_at(scene, bounds)
+    found = _window_at(scene, bounds)
+    if isinstance(found, str) and bounds[2] > 180:  # a scene in degrees may lie on the other side of the antimeridian
+        west, south, east, north = bounds
+        found = _window_at(scene, (west - 360, south, east - 360, north))
+    return found
+
+
+def _whole(value: Any) -> int:
+    """A whole number, also one written as 10.0 or as text.
+
+    Raises:
+        TypeError, ValueError, OverflowError: it is none.
+    """
+    number = int(value)
+    if not isinstance(value, str) and number != value:
+        raise ValueError(f"{value} is no whole number")
+    return number
 
 
 def _window_at(scene: Any, bounds: tuple[float, ...]) -> Window | str:
     """The pixels of a scene that cover bounds in WGS84, as far as it has them."""
-    from rasterio.errors import RasterioError
     from rasterio.warp import transform_bounds
 
     if not scene.crs:
@@ -110,7 +127,7 @@ def _window_at(scene: Any, bounds: tuple[float, ...]) -> Window | str:
     try:
         west, south, east, north = transform_bounds("EPSG:4326", scene.crs, *bounds)
         at = ~scene.transform
-    except (RasterioError, ValueError) as error:
+    except Exception as error:  # rasterio and affine raise several types, for another planet, for pixels of no size
         return f"its place cannot be found in {scene.crs}: {error}"
     corners = [(x, y) for x in (west, east) for y in (south, north)]
     columns = [at.a * x + at.b * y + at.c for x, y in corners]
@@ -136,7 +153,20 @@ def _bounds(geometry: Any) -> tuple[float, ...] | None:
         shape = from_wkb([geometry])[0] if isinstance(geometry, bytes) else from_wkt(str(geometry))
     except OutlineError:
         return None
-    return None if shape is None or shape.is_empty else tuple(shape.bounds)
+    return None if shape is None or shape.is_empty else _around(shape)
+
+
+def _around(shape: Any) -> tuple[float, ...]:
+    """The bounds of a geometry; of one that is cut at the antimeridian, and so touches 180 and -180, on beyond 180."""
+    import shapely
+
+    west, south, east, north = shape.bounds
+    if east - west < 360 - _EPS:
+        return west, south, east, north
+    parts = [part.bounds for part in shapely.get_parts(shape) if not part.is_empty]
+    sides = [(left + 360, right + 360) if right < 0 else (left, right) for left, _, right, _ in parts]
+    near, far = min(left for left, _ in sides), max(right for _, right in sides)
+    return (near, south, far, north) if far - near < east - west else (west, south, east, north)
 
 
 def _wanted(row: Mapping[str, Any]) -> str:
@@ -150,7 +180,13 @@ def _plain(value: Any) -> Any:
     """A value as JSON has it."""
     if isinstance(value, (datetime, date)):
         return value.isoformat()
-    return value if isinstance(value, (str, int, float, bool, list, dict)) else str(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, bytes):
+        return value.hex()
+    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
 
 
 def _read(path: str) -> list[dict[str, Any]]:
@@ -172,11 +208,7 @@ def _read(path: str) -> list[dict[str, Any]]:
     if data is None:
         raise EvalDataError(f"{path}: not found, or it may not be read.")
     try:
-        if path.lower().endswith(".csv"):
-            empty = pyarrow.csv.ConvertOptions(strings_can_be_null=True)
-            table = pyarrow.csv.read_csv(io.BytesIO(data), convert_options=empty)
-        else:
-            table = pyarrow.parquet.read_table(io.BytesIO(data))
+        table = _read_csv(data) if path.lower().endswith(".csv") else pyarrow.parquet.read_table(io.BytesIO(data))
     except pa.ArrowException as error:
         raise EvalDataError(
             f"{path}: not a list that can be read ({error}); known are {', '.join(LIST_EXTENSIONS)}."
@@ -185,6 +217,25 @@ def _read(path: str) -> list[dict[str, Any]]:
     _require_degrees(path, (table.schema.metadata or {}).get(b"geo"))
     rows: list[dict[str, Any]] = table.to_pylist()
     return rows
+
+
+def _read_csv(data: bytes) -> Any:
+    """A table of CSV, its kinds guessed, but for names: 001 and 1e5 stay what they are, and NA is one."""
+    import pyarrow as pa
+    import pyarrow.csv
+
+    def read(**options: Any) -> Any:
+        texts = dict.fromkeys(_TEXTS, pa.string())
+        how = pyarrow.csv.ConvertOptions(strings_can_be_null=True, column_types=texts, **options)
+        return pyarrow.csv.read_csv(io.BytesIO(data), convert_options=how)
+
+    table = read()
+    # What is empty can be said for all columns of a reading only, and in columns of numbers NA is that.
+    names = [name for name in _TEXTS if table.column_names.count(name) == 1]
+    texts = read(null_values=[""], include_columns=names) if names else table
+    for name in names:
+        table = table.set_column(table.column_names.index(name), name, texts[name])
+    return table
 
 
 def _require_columns(path: str, names: list[str]) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers.stream_data import FlakyFileSystem, flaky_store
 
+from msa_openclip.data import streams
 from msa_openclip.data.captioned import EvalDataError
 from msa_openclip.data.pixels import load_image
 from msa_openclip.data.scenes import Tiling, read_scenes
@@ -22,10 +26,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreference
 VALUES = np.random.default_rng(0).integers(1, 255, (3, 70, 100), dtype=np.uint8)
 
 
-def write_scene(path: Path, crs: str | None = "EPSG:32633") -> Path:
+def write_scene(path: Path, crs: str | None = "EPSG:32633", pixel_m: float = 2) -> Path:
     """70 x 100 pixels of 2 m."""
     path.parent.mkdir(exist_ok=True)
-    where = {"crs": crs, "transform": rasterio.Affine(2, 0, 400000, 0, -2, 5800000)}
+    where = {"crs": crs, "transform": rasterio.Affine(pixel_m, 0, 400000, 0, -pixel_m, 5800000)}
     with rasterio.open(path, "w", driver="GTiff", width=100, height=70, count=3, dtype="uint8", **where) as out:
         out.write(VALUES)
     return path
@@ -93,15 +97,73 @@ def test_places_find_their_windows(tmp_path: Path, name: str) -> None:
         assert top + height <= at[1] + at[3] <= top + height + 2
 
 
+def test_texts_of_csv_stay_what_they_are(tmp_path: Path) -> None:
+    write_scene(tmp_path / "a.tif")
+    (tmp_path / "list.csv").write_text(
+        "id,class,href,col_off,row_off,width,height,cloud\n001,01,a.tif,0,0,9,9,5\n1e5,NA,a.tif,10.0,0,9,9,NA\nNA,,a.tif,20,0,9,9,7\n"
+    )
+    tiles, skipped = read_windows(str(tmp_path / "list.csv"))
+    assert skipped == []
+    assert [(tile.image_id, tile.label) for tile in tiles] == [("001", "01"), ("1e5", "NA"), ("NA", None)]
+    assert [tile.metadata.get("meta") for tile in tiles] == [{"cloud": 5}, None, {"cloud": 7}]
+
+
+def test_metadata_is_plain_however_nested(tmp_path: Path) -> None:
+    write_scene(tmp_path / "a.tif")
+    when = datetime.datetime(2021, 5, 4)
+    columns = {"href": ["a.tif"], "col_off": [0], "row_off": [0], "width": [9], "height": [9]}
+    nested = {"about": [{"when": when, "bands": [b"\0\xff", None]}]}
+    ((tile,), _) = read_windows(write_list(tmp_path / "list.parquet", columns | nested))
+    assert tile.metadata["meta"] == {"about": {"when": "2021-05-04T00:00:00", "bands": ["00ff", None]}}
+    json.dumps(tile.metadata)
+
+
+def test_a_place_across_the_antimeridian_is_narrow(tmp_path: Path) -> None:
+    """However it is written: cut in two as RFC 7946 has it, or on beyond 180."""
+    where = {"crs": "EPSG:32601", "transform": rasterio.Affine(100, 0, 200000, 0, -100, 7300000)}
+    with rasterio.open(
+        tmp_path / "a.tif", "w", driver="GTiff", width=2500, height=100, count=1, dtype="uint8", **where
+    ) as out:
+        out.write(np.ones((1, 100, 2500), dtype=np.uint8))
+    cut = [shapely.box(179.9, 65.72, 180, 65.74), shapely.box(-180, 65.72, -179.9, 65.74)]
+    shapes = [shapely.MultiPolygon(cut), shapely.box(179.9, 65.72, 180.1, 65.74)]
+    columns = {"href": ["a.tif"] * 2, "id": ["cut", "on"], "geometry": [shapely.to_wkb(shape) for shape in shapes]}
+    (one, two), _ = read_windows(write_list(tmp_path / "list.parquet", columns))
+    assert one.location.window == two.location.window
+    x, y = rasterio.warp.transform("EPSG:4326", "EPSG:32601", [179.9, 179.9, -179.9, -179.9], [65.72, 65.74] * 2)
+    left, top, width, height = one.location.window or ()
+    assert left == math.floor((min(x) - 200000) / 100)
+    assert left + width == math.ceil((max(x) - 200000) / 100)
+    assert 0 <= top <= math.floor((7300000 - max(y)) / 100)
+    assert height < 100
+
+
+def test_a_store_that_fails_ends_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_scene(tmp_path / "a.tif")
+    columns = {"col_off": [0] * 2, "row_off": [0] * 2, "width": [9] * 2, "height": [9] * 2}
+    monkeypatch.setenv(streams.RETRIES_VARIABLE, "0")
+    with flaky_store(monkeypatch) as store:
+        FlakyFileSystem.failures = [True]
+        path = write_list(tmp_path / "list.parquet", columns | {"href": ["a.tif", f"{store}/b.tif"]})
+        with pytest.raises(streams.StreamError, match=r"b\.tif: failed 1 times"):
+            read_windows(path)
+
+
 def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
     write_scene(tmp_path / "a.tif")
     write_scene(tmp_path / "nowhere.tif", crs=None)
+    write_scene(tmp_path / "mars.tif", crs="IAU_2015:49900")
+    write_scene(tmp_path / "flat.tif", pixel_m=0)
     (tmp_path / "broken.tif").write_bytes(b"II*\0")
     far = shapely.to_wkb(shapely.box(0, 0, 1, 1))
     rows = [
         ("a.tif", "good", (0, 0, 5, 5), None),
         ("a.tif", "outside", (90, 0, 11, 5), None),
         ("a.tif", "half", (90, None, 11, 5), None),
+        ("a.tif", "fraction", (10.9, 0, 5, 5), None),
+        ("a.tif", "endless", (math.inf, 0, 5, 5), None),
+        ("mars.tif", "mars", (None,) * 4, far),
+        ("flat.tif", "flat", (None,) * 4, far),
         ("a.tif", "far", (None,) * 4, far),
         ("a.tif", "no place", (None,) * 4, None),
         ("a.tif", "no WKB", (None,) * 4, b"x"),
@@ -112,20 +174,23 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
     ]
     columns: dict[str, Any] = {"href": [row[0] for row in rows], "id": [row[1] for row in rows]}
     for place, name in enumerate(("col_off", "row_off", "width", "height")):
-        columns[name] = [row[2][place] for row in rows]
+        columns[name] = pa.array([row[2][place] for row in rows], pa.float64())
     columns["geometry"] = [row[3] for row in rows]
     tiles, skipped = read_windows(write_list(tmp_path / "list.parquet", columns))
     assert [tile.image_id for tile in tiles] == ["good"]
     reasons = {row.file.rpartition("/")[2]: row.reason for row in skipped}
-    assert len(reasons) == len(skipped) == 9
+    assert len(reasons) == len(skipped) == 13
     assert reasons["a.tif outside"] == "not within the 100 x 70 pixels of the scene"
-    assert "whole numbers" in reasons["a.tif half"]
+    for name in ("half", "fraction", "endless"):
+        assert "must be whole numbers" in reasons[f"a.tif {name}"]
+    assert "its place cannot be found in" in reasons["mars.tif mars"]
+    assert "its place cannot be found in" in reasons["flat.tif flat"]
     assert reasons["a.tif far"] == "lies outside the scene"
     assert reasons["a.tif no place"] == reasons["a.tif no WKB"] == "neither a window nor a geometry that can be read"
     assert "no CRS" in reasons["nowhere.tif no crs"]
     assert "rasterio cannot open it" in reasons["broken.tif"]
     assert "FileNotFoundError" in reasons["absent.tif"]
-    assert reasons["list.parquet: row 9"] == "no scene"
+    assert reasons["list.parquet: row 13"] == "no scene"
 
 
 def test_lists_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
