@@ -12,11 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
+from helpers.stream_data import FlakyFileSystem, flaky_store
 from hypothesis import given
 from hypothesis import strategies as st
 
+from msa_openclip.data import stac, streams
 from msa_openclip.data.captioned import EvalDataError
 from msa_openclip.data.footprints import footprint
 from msa_openclip.data.pixels import load_image
@@ -119,6 +122,43 @@ def test_folders_patterns_and_broken_scenes(tmp_path: Path) -> None:
         read_scenes([str(tmp_path / "in/d.tif")])
 
 
+def test_patterns_are_of_whole_paths(tmp_path: Path) -> None:
+    for name in ("2020/x.tif", "2021/x.tif", "top.tif", "s[1].tif", "s1.tif", "[2]/y.tif"):
+        write_scene(tmp_path / name, noise(20, 20))
+
+    def found(pattern: str) -> list[str]:
+        tiles, _ = read_scenes([f"{tmp_path}/{pattern}"])
+        return [tile.image_id.removeprefix(f"{tmp_path}/") for tile in tiles]
+
+    assert found("202?/*.tif") == found("*/x.tif") == ["2020/x.tif", "2021/x.tif"]
+    assert found("t*.tif") == ["top.tif"]
+    assert found("*.tif") == ["s1.tif", "s[1].tif", "top.tif"]
+    assert found("**/x.tif") == ["2020/x.tif", "2021/x.tif"]
+    assert found("s[1].tif") == ["s[1].tif"]  # what has the name goes before what matches it
+    assert found("[2]") == ["[2]/y.tif"]
+
+
+def test_patterns_in_a_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    content = write_scene(tmp_path / "x.tif", noise(20, 20)).read_bytes()
+    with flaky_store(monkeypatch) as store:
+        for name in ("2020/x.tif", "2021/x.tif", "top.tif"):
+            fsspec.filesystem("memory").pipe_file(f"/flaky/{name}", content)
+        tiles, _ = read_scenes([f"{store}/202?/*.tif"])
+    assert [tile.image_id for tile in tiles] == [f"{store}/2020/x.tif", f"{store}/2021/x.tif"]
+
+
+def test_a_store_that_fails_ends_the_list(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else ranks would have different lists.  What is absent is left out: that does not pass."""
+    scene = write_scene(tmp_path / "a.tif", noise(20, 20))
+    monkeypatch.setenv(streams.RETRIES_VARIABLE, "0")
+    with flaky_store(monkeypatch) as store:
+        _, (gone,) = read_scenes([str(scene), f"{store}/b.tif"])
+        assert gone.file == f"{store}/b.tif"
+        FlakyFileSystem.failures = [True]
+        with pytest.raises(streams.StreamError, match=rf"{store}/b\.tif: failed 1 times"):
+            read_scenes([str(scene), f"{store}/b.tif"])
+
+
 def test_a_scene_without_crs_has_no_place(tmp_path: Path) -> None:
     scene = write_scene(tmp_path / "scene.tif", noise(20, 20), crs=None)
     ((tile,), _) = read_scenes([str(scene)])
@@ -188,12 +228,106 @@ def write_catalog(folder: Path) -> Path:
 def test_a_catalogue_gives_the_tiles_of_its_items(tmp_path: Path) -> None:
     tiles, skipped = read_stac(str(write_catalog(tmp_path)), tiling=Tiling(tile_px=40))
     assert len(tiles) == 2
-    assert tiles[0].metadata["meta"] == {"date": "2021-05-04"}
+    assert tiles[0].metadata["meta"] == {"date": "2021-05-04T00:00:00+00:00"}
     assert tiles[0].metadata["stac"] == {"item": "item0", "collection": "lakes"}
     assert sorted(Path(row.file).name for row in skipped) == ["gone.json", "item1.json"]
     assert "no GeoTIFF asset; it has preview" in {row.reason for row in skipped}
     with pytest.raises(EvalDataError, match=r"no tile can be used; first .*no asset 'nir'"):
         read_stac(str(tmp_path / "lakes/collection.json"), asset="nir")
+
+
+def item(name: Any = "i", href: Any = "./a.tif", **changes: Any) -> dict[str, Any]:
+    """An item with one asset; `properties`, `assets`, ... in place of its own."""
+    asset = {"href": href, "type": "image/tiff; application=geotiff", "roles": ["data"]}
+    content = {"type": "Feature", "stac_version": "1.0.0", "id": name, "geometry": None, "links": []}
+    return {**content, "properties": {"datetime": "2021-05-04T23:30:00Z"}, "assets": {"data": asset}, **changes}
+
+
+def write_items(path: Path, *items: Any, **more: Any) -> str:
+    """An item collection beside a scene `a.tif`."""
+    pytest.importorskip("pystac", reason="pystac (extra stac) is not installed")
+    if not (path.parent / "a.tif").exists():
+        write_scene(path.parent / "a.tif", noise(20, 20))
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": items, **more}))
+    return str(path)
+
+
+def test_times_of_items_are_kept_in_utc(tmp_path: Path) -> None:
+    times = ("2021-05-04T23:30:00Z", "2021-05-05T01:30:00+03:00", "2021-05-04T23:30:00")
+    items = [item(str(number), properties={"datetime": time}) for number, time in enumerate(times)]
+    tiles, _ = read_stac(write_items(tmp_path / "items.json", *items))
+    assert [tile.metadata["meta"]["date"][:19] for tile in tiles] == [
+        "2021-05-04T23:30:00",
+        "2021-05-04T22:30:00",
+        "2021-05-04T23:30:00",
+    ]
+    assert all(tile.metadata["meta"]["date"].endswith("+00:00") for tile in tiles)
+
+
+def test_addresses_of_items_are_taken_as_they_stand(tmp_path: Path) -> None:
+    """No patterns and no folders, and relative to the item collection."""
+    names = ("t[1].tif", "noext", "q.tif?sig=abc")
+    folder = tmp_path / "in"
+    whole = write_scene(folder / "a.tif", noise(20, 20)).read_bytes()
+    for name in names:
+        (folder / name).write_bytes(whole)
+    addresses = [*(f"./{name}" for name in names), str(folder / "a.tif"), ".", "./*.tif"]
+    path = write_items(folder / "items.json", *(item(str(number), href) for number, href in enumerate(addresses)))
+    for asset in (None, "data"):
+        tiles, skipped = read_stac(path, asset=asset)
+        assert [tile.image_id for tile in tiles] == [f"{folder}/{name}" for name in (*names, "a.tif")]
+        assert [row.file for row in skipped] == [f"{path}: 4", f"{path}: 5"]
+
+
+def test_items_that_cannot_be_read_are_named_and_the_others_read(tmp_path: Path) -> None:
+    bad = [
+        item(assets={"data": {"href": "./a.tif", "type": 5}}),
+        item(assets={"data": {"href": "./a.tif", "type": "image/tiff", "roles": 5}}),
+        item(properties={"datetime": None, "start_datetime": "yesterday"}),
+        item(properties={"datetime": None, "start_datetime": 5}),
+        item(properties={"datetime": "4 May 21 or so"}),
+        item(assets=[]),
+        item(name=None),
+        "no item",
+    ]
+    path = write_items(tmp_path / "items.json", *bad, item("good"))
+    tiles, skipped = read_stac(path)
+    assert [tile.metadata["stac"]["item"] for tile in tiles] == ["good"]
+    assert [row.file for row in skipped] == [f"{path}: i"] * 6 + [f"{path}: item {place} of 9" for place in (7, 8)]
+    assert all(row.reason.startswith("not a STAC item that can be read: ") for row in skipped)
+    with pytest.raises(EvalDataError, match=r"no tile can be used; first .*: i: no asset 'nir'; it has data\.$"):
+        read_stac(write_items(tmp_path / "items.json", item()), asset="nir")
+
+
+def test_pages_of_items_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    further = {"rel": "next", "href": "./second.json"}
+    first = write_items(tmp_path / "first.json", item("i"), links=[further])
+    write_items(tmp_path / "second.json", item("j"), links=[{"rel": "next", "href": "./first.json"}])
+    extent = {"spatial": {"bbox": [[-180, -90, 180, 90]]}, "temporal": {"interval": [[None, None]]}}
+    collection = {"type": "Collection", "stac_version": "1.0.0", "id": "c", "description": "x", "license": "x"}
+    links = [{"rel": "items", "href": "./first.json"}]
+    (tmp_path / "collection.json").write_text(json.dumps({**collection, "extent": extent, "links": links}))
+    for address in (first, str(tmp_path / "collection.json")):
+        tiles, skipped = read_stac(address)
+        assert [tile.metadata["stac"]["item"] for tile in tiles] == ["i", "j"]
+        assert skipped == []
+    monkeypatch.setattr(stac, "_MOST_PAGES", 1)
+    with pytest.raises(EvalDataError, match=r"first\.json: more than 1 pages of items"):
+        read_stac(first)
+    write_items(tmp_path / "first.json", item("i"), links=[{**further, "method": "POST"}])
+    with pytest.raises(EvalDataError, match=r"first\.json: its link `next` is to be asked by POST, and only GET is"):
+        read_stac(first)
+
+
+def test_items_in_a_store_that_fails_end_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(streams.RETRIES_VARIABLE, "0")
+    with flaky_store(monkeypatch) as store:
+        path = write_items(tmp_path / "items.json", item("i"), item("j", f"{store}/b.tif"))
+        tiles, skipped = read_stac(path)
+        assert (len(tiles), len(skipped)) == (1, 1)
+        FlakyFileSystem.failures = [True]
+        with pytest.raises(streams.StreamError, match=rf"{store}/b\.tif: failed 1 times"):
+            read_stac(path)
 
 
 class Flaky(http.server.SimpleHTTPRequestHandler):
@@ -229,6 +363,19 @@ def test_a_catalogue_over_http_that_fails_twice_and_then_works(
     tiles, _ = read_stac(f"{server}/lakes/collection.json", tiling=Tiling(tile_px=40))
     assert len(tiles) == 2
     assert load_image(tiles[0]).size == (40, 40)
+
+
+def test_signed_addresses_and_pages_over_http(tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("msa_openclip.data.streams.time.sleep", lambda _: None)
+    signed = f"{server}/a.tif?sig=abc"
+    write_items(tmp_path / "first.json", item("i", signed), links=[{"rel": "next", "href": "second.json?page=2"}])
+    write_items(tmp_path / "second.json", item("j", "./a.tif?sig=def"))
+    tiles, skipped = read_stac(f"{server}/first.json")
+    assert skipped == []
+    assert [tile.image_id for tile in tiles] == [signed, f"{server}/a.tif?sig=def"]
+    assert load_image(tiles[0]).size == (20, 20)
+    ((tile,), _) = read_scenes([signed])
+    assert tile.image_id == signed
 
 
 def test_what_is_no_stac_is_refused(tmp_path: Path) -> None:
