@@ -212,7 +212,8 @@ def _scene(item: Any, key: str | None) -> str | None:
 def _metadata(item: Any) -> dict[str, Any]:
     when = item.datetime or item.common_metadata.start_datetime
     stac = {"item": item.id} | ({"collection": item.collection_id} if item.collection_id else {})
-    return {"stac": stac, **({"meta": {"date": _in_utc(when).isoformat()}} if when else {})}
+    known = when is not None and when.year > 1  # the year 1 stands for any time, as `search --format stac` writes it
+    return {"stac": stac, **({"meta": {"date": _in_utc(when).isoformat()}} if known else {})}
 
 
 def _in_utc(when: datetime) -> datetime:

@@ -16,7 +16,7 @@ import fsspec
 import numpy as np
 import pytest
 from helpers.stream_data import FlakyFileSystem, flaky_store
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msa_openclip.data import stac, streams
@@ -47,6 +47,7 @@ def noise(height: int = 70, width: int = 100) -> np.ndarray:
     return np.random.default_rng(0).integers(1, 255, (3, height, width), dtype=np.uint8)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 50), st.integers(0, 49), st.integers(1, 200), st.integers(1, 200))
 def test_windows_cover_the_scene_and_overlap_as_asked(tile: int, overlap: int, width: int, height: int) -> None:
     overlap = min(overlap, tile - 1)
@@ -297,6 +298,14 @@ def test_items_that_cannot_be_read_are_named_and_the_others_read(tmp_path: Path)
     assert all(row.reason.startswith("not a STAC item that can be read: ") for row in skipped)
     with pytest.raises(EvalDataError, match=r"no tile can be used; first .*: i: no asset 'nir'; it has data\.$"):
         read_stac(write_items(tmp_path / "items.json", item()), asset="nir")
+
+
+def test_a_span_from_the_year_1_is_no_date(tmp_path: Path) -> None:
+    """As `search --format stac` writes it of images without one."""
+    for start, meta in (("0001-01-01", None), ("2020-06-30", {"date": "2020-06-30T00:00:00+00:00"})):
+        span = {"start_datetime": f"{start}T00:00:00Z", "end_datetime": "9999-12-31T23:59:59Z"}
+        (tile,), _ = read_stac(write_items(tmp_path / "items.json", item(properties={"datetime": None, **span})))
+        assert tile.metadata.get("meta") == meta
 
 
 def test_pages_of_items_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
