@@ -95,7 +95,7 @@ def open_scene(url: str, steady: Callable[[Callable[..., Any]], Callable[..., An
 def read_pixels(
     place: Location, options: ImageOptions, opened: Callable[[str], Any] = open_scene
 ) -> tuple[Image.Image, dict[str, Any]]:
-    """Read a scene or a tile of it as 8-bit bands; returns the image and its geo fields.
+    """Read a scene or a tile of it as 8-bit bands, of a paletted one its colours; returns the image and its geo fields.
 
     Args:
         place: of the image.
@@ -114,15 +114,22 @@ def read_pixels(
         window = Window(left, top, width, height)
         try:
             values = scene.read(bands, window=window)
-            valid = np.logical_and.reduce((scene.read_masks(bands, window=window) > 0) & is_measured(values))
+            measured = is_measured(values)
+            # A pixel has data where any band has, as in GDAL's dataset_mask: with nodata 0, pure blue is no hole.
+            valid = np.logical_or.reduce((scene.read_masks(bands, window=window) > 0) & measured)
         except Exception as error:  # rasterio raises GDAL's errors under several types
             raise ImageProblem(f"cannot be decoded: {error}") from error
         if not valid.any():
             raise ImageProblem("every pixel is nodata")
-        if values.dtype != np.uint8:
+        colours = _palette(scene) if bands == [1] else None
+        if colours is not None:
+            values, measured = colours[:, values[0]], measured[0]
+        elif values.dtype != np.uint8:
             values = _stretched(values, _limits(place.url, bands, options.percentiles, opened))
-        values = np.where(valid, values, 0).astype(np.uint8)
-        pixels = values[0] if len(bands) == 1 else np.moveaxis(values, 0, -1)
+        elif (limits := _few_bits(scene, bands))[:, 1].min() < 255:
+            values = _stretched(values, limits)
+        values = np.where(valid & measured, values, 0).astype(np.uint8)
+        pixels = values[0] if len(values) == 1 else np.moveaxis(values, 0, -1)
         geo = geo_fields(scene, place.window, bands)
     return Image.fromarray(np.ascontiguousarray(pixels)), geo
 
@@ -151,6 +158,26 @@ def _bands(scene: Any, asked: tuple[str, ...]) -> list[int]:
             raise ImageProblem(f"band {band!r} does not exist; there are {scene.count} bands, named {known}")
         found.append(number)
     return found
+
+
+def _palette(scene: Any) -> NDArray[np.uint8] | None:
+    """Red, green, blue (3, values) of each value of the first band; None where a value is a brightness, no colour."""
+    if scene.colorinterp[0].name != "palette" or scene.dtypes[0] not in ("uint8", "uint16"):
+        return None
+    try:
+        known = scene.colormap(1)
+    except ValueError:  # it is said to have one, and has none
+        return None
+    colours = np.zeros((3, np.iinfo(scene.dtypes[0]).max + 1), dtype=np.uint8)
+    for value, colour in known.items():
+        colours[:, value] = colour[:3]
+    return colours
+
+
+def _few_bits(scene: Any, bands: list[int]) -> NDArray[np.float64]:
+    """Black and white of 8-bit bands, (bands, 2): 0 and 255, or less where the file holds fewer bits a value."""
+    bits = [int(scene.tags(band, ns="IMAGE_STRUCTURE").get("NBITS", 8)) for band in bands]
+    return np.array([(0, 2**each - 1) for each in bits], dtype=np.float64)
 
 
 @lru_cache(maxsize=64)

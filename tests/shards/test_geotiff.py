@@ -20,13 +20,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreference
 
 def write_scene(path: Path, values: np.ndarray, **profile: Any) -> None:
     """A raster of shape (bands, rows, columns) in UTM zone 33 with pixels of 2 m, unless asked otherwise."""
-    names = profile.pop("names", None)
+    names, colormap = profile.pop("names", None), profile.pop("colormap", None)
     profile = {"crs": "EPSG:32633", "transform": rasterio.Affine(2, 0, 400000, 0, -2, 5800000)} | profile
     bands, height, width = values.shape
     path.parent.mkdir(parents=True, exist_ok=True)
     with rasterio.open(
         path, "w", driver="GTiff", width=width, height=height, count=bands, dtype=values.dtype, **profile
     ) as out:
+        if colormap:
+            out.write_colormap(1, colormap)
         out.write(values)
         for number, name in enumerate(names or (), start=1):
             out.set_band_description(number, name)
@@ -93,6 +95,44 @@ def test_sixteen_bits_are_stretched_between_percentiles_of_the_scene_without_nod
     expected = np.clip((values[0, 20:] - low) / (high - low), 0, 1) * 255
     assert np.abs(whole[20:] - expected).max() <= 1
     assert (whole[:20] == 0).all()
+
+
+def test_a_pixel_has_data_where_any_band_has(tmp_path: Path) -> None:
+    values = np.zeros((3, 8, 8), dtype=np.uint8)
+    values[1, 2:], values[2, 2:] = 80, 160  # without red; the first two rows are empty
+    write_scene(tmp_path / "in/c/x.tif", values, nodata=0)
+    pixels, _ = built(tmp_path / "in")["c/x"]
+    assert np.array_equal(pixels, np.moveaxis(values, 0, -1))
+
+
+def test_what_one_band_has_not_measured_is_black_in_that_band_alone(tmp_path: Path) -> None:
+    values = np.random.default_rng(4).uniform(10, 20, (3, 16, 16)).astype(np.float32)
+    values[0, 0, 0], values[1, 0, 0], values[2, 0, 0] = np.inf, np.finfo(np.float32).max, 20
+    write_scene(tmp_path / "in/c/x.tif", values)
+    pixels, _ = built(tmp_path / "in")["c/x"]
+    assert pixels[0, 0].tolist() == [0, 0, 255]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_paletted_scenes_show_their_colours(tmp_path: Path, dtype: str) -> None:
+    values = np.random.default_rng(5).integers(1, 7, (1, 8, 8)).astype(dtype)
+    values[0, 0] = 0
+    colours = {value: (255 - value, 200, 40 * value, 255) for value in range(7)}
+    write_scene(tmp_path / "in/c/x.tif", values, colormap=colours, photometric="palette", nodata=0)
+    pixels, metadata = built(tmp_path / "in")["c/x"]
+    assert metadata["geo"]["bands"] == [1]
+    expected = np.array([[colours[int(value)][:3] for value in row] for row in values[0]])
+    expected[0] = 0  # no data is black, whatever the palette says of it
+    assert np.array_equal(pixels, expected)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_few_bits_reach_from_black_to_white(tmp_path: Path, bits: int) -> None:
+    values = np.random.default_rng(6).integers(0, 2**bits, (1, 16, 16), dtype=np.uint8)
+    write_scene(tmp_path / "in/c/x.tif", values, nbits=bits)
+    pixels, _ = built(tmp_path / "in")["c/x"]
+    grey = pixels[..., 0] if pixels.ndim == 3 else pixels
+    assert np.array_equal(grey, values[0] * (255 // (2**bits - 1)))
 
 
 def test_tiles_of_a_scene_are_stretched_alike_and_empty_ones_rejected(tmp_path: Path) -> None:
