@@ -188,7 +188,7 @@ def scene_version(url: str) -> str:
 def window_tile(url: str, version: str, scene: Any, window: Window, metadata: dict[str, Any]) -> CaptionedImage:
     """A window of an opened scene as an image; `metadata` joins what the raster says."""
     geo = geotiff.geo_fields(scene, window)
-    place = footprint(geo["crs"], geo["bounds"]) if "crs" in geo else {}
+    place = footprint(geo["crs"], geo["bounds"], geo.get("corners")) if "crs" in geo else {}
     date = _date(scene)
     meta = ({"date": date} if date else {}) | metadata.get("meta", {})
     known = {**metadata, "geo": geo | place, **({"meta": meta} if meta else {})}

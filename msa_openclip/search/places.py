@@ -31,7 +31,7 @@ def shapely() -> Any:
 
 
 def outlines(about: Sequence[Mapping[str, Any]]) -> list[bytes | None]:
-    """WKB of every outline in WGS84, out of `geo` (`footprint`, or `crs` and `bounds`); None where there is none."""
+    """WKB of every outline in WGS84, out of `geo` (`footprint`, or `crs` with `bounds` or `corners`), or None."""
     return [_outline(known.get("geo")) for known in about]
 
 
@@ -58,7 +58,7 @@ def _footprint(geo: Mapping[str, Any]) -> Any:
     from ..data.footprints import footprint
 
     try:
-        return footprint(str(geo["crs"]), geo["bounds"]).get("footprint")
+        return footprint(str(geo["crs"]), geo["bounds"], geo.get("corners")).get("footprint")
     except (ImportError, TypeError, ValueError):
         return None
 

@@ -210,14 +210,19 @@ def _stretched(values: NDArray[Any], limits: NDArray[np.float64]) -> NDArray[np.
 def geo_fields(
     scene: Any, window: tuple[int, int, int, int] | None = None, bands: list[int] | None = None
 ) -> dict[str, Any]:
-    """What is known of a scene or a window of it: bands, CRS, bounds in that CRS, ground sample distance in metres."""
+    """What is known of a scene or a window of it: bands, CRS, bounds in that CRS, ground sample distance in metres.
+
+    Of a raster that is turned against the axes of its CRS, its four `corners`, too, which its bounds do not tell.
+    """
     left, top, width, height = window or (0, 0, scene.width, scene.height)
     geo: dict[str, Any] = {"bands": bands} if bands else {}
     if scene.crs:
         at = scene.transform
-        corners = [(left + x, top + y) for x in (0, width) for y in (0, height)]
+        corners = [(left, top), (left + width, top), (left + width, top + height), (left, top + height)]
         easts = [at.a * column + at.b * row + at.c for column, row in corners]
         norths = [at.d * column + at.e * row + at.f for column, row in corners]
+        if at.b or at.d:
+            geo["corners"] = [list(corner) for corner in zip(easts, norths, strict=True)]
         geo |= {"crs": scene.crs.to_string(), "bounds": [min(easts), min(norths), max(easts), max(norths)]}
         geo["gsd_m"] = round(_gsd_m(scene, sum(norths) / 4), 4)
     if window:

@@ -25,8 +25,10 @@ from msa_openclip.data.footprints import footprint
 from msa_openclip.data.pixels import load_image
 from msa_openclip.data.scenes import Tiling, read_scenes
 from msa_openclip.data.stac import read_stac
+from msa_openclip.search.places import outlines
 
 rasterio = pytest.importorskip("rasterio", reason="rasterio (extra geo) is not installed")
+shapely = pytest.importorskip("shapely", reason="shapely (extra geo) is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 
 
@@ -45,6 +47,21 @@ def write_scene(path: Path, values: np.ndarray, **profile: Any) -> Path:
 
 def noise(height: int = 70, width: int = 100) -> np.ndarray:
     return np.random.default_rng(0).integers(1, 255, (3, height, width), dtype=np.uint8)
+
+
+CENTRES = {
+    "EPSG:3413": ((0, 0), (-700_000, 700_000)),
+    "EPSG:3031": ((0, 0), (0, -700_000)),
+    "EPSG:3995": ((0, 0), (0, 700_000)),
+    "EPSG:32601": ((500_000, 9_997_965), (225_000, 7_200_000)),
+    "EPSG:3857": ((0, 8_000_000), (20_037_508, 100_000)),
+    "EPSG:6933": ((1_000_000, 5_000_000), (17_367_530, 100_000)),
+}
+"""By CRS: a pole, or a point at high latitude where it has none; a point on the antimeridian."""
+
+
+def outline_of(geo: dict[str, Any]) -> Any:
+    return shapely.geometry.shape(geo["footprint"])
 
 
 @settings(deadline=None)
@@ -186,6 +203,66 @@ def test_footprints_lie_within_their_bbox() -> None:
     for longitude, latitude in found["footprint"]["coordinates"][0]:
         assert west - 1e-6 <= longitude <= east + 1e-6
         assert south - 1e-6 <= latitude <= north + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("bounds", "bbox", "parts"),
+    [
+        ((190, 10, 200, 20), [-170, 10, -160, 20], 1),
+        ((175, 10, 185, 20), [175, 10, -175, 20], 2),
+        ((-190, 10, -175, 20), [170, 10, -175, 20], 2),
+        ((170, 10, 180.00005, 20), [170, 10, 180, 20], 1),
+        ((10, 85, 20, 90.0001), [10, 85, 20, 90], 1),
+        ((-100, -10, 90, 10), [-100, -10, 90, 10], 1),
+        ((-180.125, -90.125, 179.875, 90.125), [-180, -90, 180, 90], 1),
+        ((0, -90, 360, 90), [-180, -90, 180, 90], 1),
+    ],
+)
+@pytest.mark.parametrize("crs", ["EPSG:4326", "EPSG:4269"])
+def test_degrees_beyond_180_are_wrapped_and_beyond_90_cut(
+    crs: str, bounds: tuple[float, ...], bbox: list[float], parts: int
+) -> None:
+    found = footprint(crs, bounds)
+    assert found["bbox"] == pytest.approx(bbox, abs=1e-5)  # a metre: NAD83 is not quite WGS84
+    assert len(shapely.get_parts(outline_of(found))) == parts
+    assert outline_of(found).buffer(1e-5).covers(shapely.box(*(bbox[:3] if parts == 1 else [*bbox[:2], 180]), bbox[3]))
+
+
+def test_degrees_that_are_pixels_are_no_place() -> None:
+    assert footprint("EPSG:4326", (0, 0, 100, 100)) == {}
+
+
+@pytest.mark.parametrize("crs", ["EPSG:3413", "EPSG:3031", "EPSG:3995", "EPSG:32601", "EPSG:3857", "EPSG:6933"])
+def test_no_point_of_a_tile_lies_outside_its_outline(crs: str) -> None:
+    """Tiles with a pole inside, on a corner or an edge, near one, and across the antimeridian."""
+    random = np.random.default_rng(7)
+    (centre_x, centre_y), (edge_x, edge_y) = CENTRES[crs]
+    for side in (25_600.0, 100_000.0):
+        starts = [(dx * side, dy * side) for dx in (-1, -0.5, 0, 0.01, 1.2) for dy in (-1, 0, 0.01)]
+        starts = [(x + centre_x, y + centre_y) for x, y in starts] + [(edge_x - side / 3, edge_y)]
+        for west, south in starts:
+            bounds = (west, south, west + side, south + side)
+            outline = outline_of(footprint(crs, bounds)).buffer(1e-6)
+            inside = random.uniform(bounds[:2], bounds[2:], (60, 2))
+            longitudes, latitudes = rasterio.warp.transform(crs, "EPSG:4326", *inside.T)
+            points = shapely.points([(x + 180) % 360 - 180 for x in longitudes], latitudes)
+            # straight lines between the points of an outline leave its true curves a little
+            assert shapely.distance(outline, points).max() < 1e-3 * np.sqrt(outline.area), bounds
+
+
+def test_a_turned_raster_has_the_outline_of_its_corners(tmp_path: Path) -> None:
+    step = np.sqrt(2)  # east and north of a pixel of 2 m that lies at 45 degrees
+    turned = rasterio.Affine(step, step, 400000, step, -step, 5800000)
+    scene = write_scene(tmp_path / "scene.tif", noise(100, 100), transform=turned)
+    tiles, _ = read_scenes([str(scene)], Tiling(tile_px=50))
+    geo = tiles[1].metadata["geo"]  # the second of the first row
+    pixels = ((50, 0), (100, 0), (100, 50), (50, 50))
+    assert geo["corners"] == [pytest.approx((400000 + step * (x + y), 5800000 + step * (x - y))) for x, y in pixels]
+    longitudes, latitudes = rasterio.warp.transform("EPSG:32633", "EPSG:4326", *zip(*geo["corners"], strict=True))
+    drawn = shapely.Polygon(zip(longitudes, latitudes, strict=True))
+    outline = outline_of(geo)
+    assert outline.symmetric_difference(drawn).area < 1e-3 * drawn.area
+    assert outlines([{"geo": {name: geo[name] for name in ("crs", "bounds", "corners")}}]) == [outline.wkb]
 
 
 @pytest.mark.parametrize(
