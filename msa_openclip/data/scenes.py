@@ -170,8 +170,9 @@ def _tiles(url: str, tiling: Tiling, metadata: dict[str, Any], skipped: list[Ski
         windows = tiling.windows(scene.width, scene.height)
         nodata = _nodata_shares(scene, windows)
         for window, share in zip(windows, nodata, strict=True):
-            if share > tiling.max_nodata or share == 1:
-                skipped.append(Skipped(f"{url} {window}", f"{share:.0%} of its pixels have no data"))
+            reason = _too_empty(scene, window, share, tiling.max_nodata)
+            if reason:
+                skipped.append(Skipped(f"{url} {window}", reason))
                 continue
             yield window_tile(url, version, scene, window, metadata)
 
@@ -203,15 +204,33 @@ def _date(scene: Any) -> str | None:
     return stamp if len(stamp) == 10 and stamp[:4].isdigit() and stamp[:4] != "0000" else None
 
 
+def _too_empty(scene: Any, window: Window, share: float, most: float) -> str | None:
+    """Why a tile is left out for its share of pixels without data, as a small mask tells it; None: it is kept."""
+    left, top, width, height = window
+    if most == 1 and share == 1:  # a small mask passes over a few pixels, which are to be kept here
+        return (
+            None
+            if _mask(scene, window=((top, top + height), (left, left + width))).any()
+            else "none of its pixels has data"
+        )
+    return f"about {share:.0%} of its pixels have no data" if share > most else None
+
+
+def _mask(scene: Any, **part: Any) -> NDArray[np.uint8]:
+    """Where a scene has data in any band, not 0; of a window, or in another size."""
+    try:
+        mask: NDArray[np.uint8] = scene.dataset_mask(**part)
+    except Exception as error:  # rasterio raises GDAL's errors under several types
+        raise ImageProblem(f"its mask cannot be read: {error}") from error
+    return mask
+
+
 def _nodata_shares(scene: Any, windows: Sequence[Window]) -> list[float]:
     """The share of pixels without data in each window, from one small read of the scene's mask."""
     side = min(window[2] for window in windows), min(window[3] for window in windows)
     shrink = max(1, min(side) // _MASK_PX)
     height, width = math.ceil(scene.height / shrink), math.ceil(scene.width / shrink)
-    try:
-        mask: NDArray[np.uint8] = scene.dataset_mask(out_shape=(height, width))
-    except Exception as error:  # rasterio raises GDAL's errors under several types
-        raise ImageProblem(f"its mask cannot be read: {error}") from error
+    mask = _mask(scene, out_shape=(height, width))
     if mask.all():
         return [0.0] * len(windows)
     return [

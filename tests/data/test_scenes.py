@@ -119,9 +119,18 @@ def test_tiles_without_data_are_counted_and_named(tmp_path: Path) -> None:
     assert {tile.location.window[0] for tile in tiles if tile.location.window} == {96}
     assert len(skipped) == 2 * 3
     assert skipped[0].file == f"{scene} (0, 0, 32, 32)"
-    assert skipped[0].reason == "100% of its pixels have no data"
+    assert skipped[0].reason == "about 100% of its pixels have no data"
     half, _ = read_scenes([str(scene)], Tiling(tile_px=32, max_nodata=0.6))
     assert {tile.location.window[0] for tile in half if tile.location.window} == {64, 96}
+
+
+def test_tiles_with_any_data_are_kept_where_all_of_them_are_asked_for(tmp_path: Path) -> None:
+    values = np.zeros((3, 256, 512), dtype=np.uint8)
+    values[:, 1:3, 1:3] = 9  # smaller than a pixel of the mask from which shares are told
+    scene = write_scene(tmp_path / "scene.tif", values, nodata=0)
+    ((tile,), (skipped,)) = read_scenes([str(scene)], Tiling(max_nodata=1))
+    assert tile.location.window == (0, 0, 256, 256)
+    assert skipped == (f"{scene} (256, 0, 256, 256)", "none of its pixels has data")
 
 
 def test_folders_patterns_and_broken_scenes(tmp_path: Path) -> None:
