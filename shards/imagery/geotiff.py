@@ -212,27 +212,34 @@ def geo_fields(
 ) -> dict[str, Any]:
     """What is known of a scene or a window of it: bands, CRS, bounds in that CRS, ground sample distance in metres.
 
-    Of a raster that is turned against the axes of its CRS, its four `corners`, too, which its bounds do not tell.
+    A CRS that has no metres (a local one) gives no distance, pixels that nobody has placed give no CRS. Of a raster
+    that is turned against the axes of its CRS, its four `corners`, too, which its bounds do not tell.
     """
     left, top, width, height = window or (0, 0, scene.width, scene.height)
     geo: dict[str, Any] = {"bands": bands} if bands else {}
-    if scene.crs:
+    if scene.crs and not scene.transform.is_identity:  # GDAL's word for no transform: these are pixels, no place
         at = scene.transform
         corners = [(left, top), (left + width, top), (left + width, top + height), (left, top + height)]
         easts = [at.a * column + at.b * row + at.c for column, row in corners]
         norths = [at.d * column + at.e * row + at.f for column, row in corners]
+        geo |= {"crs": scene.crs.to_string(), "bounds": [min(easts), min(norths), max(easts), max(norths)]}
         if at.b or at.d:
             geo["corners"] = [list(corner) for corner in zip(easts, norths, strict=True)]
-        geo |= {"crs": scene.crs.to_string(), "bounds": [min(easts), min(norths), max(easts), max(norths)]}
-        geo["gsd_m"] = round(_gsd_m(scene, sum(norths) / 4), 4)
+        gsd_m = _gsd_m(scene, sum(norths) / 4)
+        if gsd_m is not None:
+            geo["gsd_m"] = round(gsd_m, 4)
     if window:
         geo |= {"scene": store.base_name(scene.name), "window": list(window)}
     return geo
 
 
-def _gsd_m(scene: Any, latitude: float) -> float:
-    """Ground sample distance in metres: the side of a square as large as a pixel."""
+def _gsd_m(scene: Any, latitude: float) -> float | None:
+    """Ground sample distance in metres: the side of a square as large as a pixel; None where the CRS does not tell."""
     area = abs(scene.transform.determinant)
     if scene.crs.is_geographic:
-        return math.sqrt(area * math.cos(math.radians(latitude))) * _METRES_PER_DEGREE
-    return math.sqrt(area) * float(scene.crs.linear_units_factor[1])
+        metres = math.sqrt(area) * _METRES_PER_DEGREE
+        return metres * math.sqrt(math.cos(math.radians(latitude))) if abs(latitude) <= 90 else None
+    try:
+        return math.sqrt(area) * float(scene.crs.linear_units_factor[1])
+    except Exception:  # a local CRS; rasterio raises GDAL's errors under several types
+        return None

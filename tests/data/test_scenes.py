@@ -192,6 +192,27 @@ def test_a_scene_without_crs_has_no_place(tmp_path: Path) -> None:
     assert "bbox" not in tile.metadata["geo"]
 
 
+@pytest.mark.parametrize(
+    ("crs", "transform"),
+    [
+        ('LOCAL_CS["mine",UNIT["metre",1]]', (2, 0, 400000, 0, -2, 5800000)),
+        ("IAU_2015:49900", (0.01, 0, 10, 0, -0.01, 10)),  # Mars
+        ("EPSG:4326", (1, 0, 0, 0, 1, 0)),  # pixels
+        ("EPSG:4326", (1, 0, 0, 0, 1, 100)),
+        ("EPSG:32633", (0, 0, 4e5, 0, 0, 58e5)),
+    ],
+)
+def test_one_odd_place_ends_no_job(tmp_path: Path, crs: str, transform: tuple[float, ...]) -> None:
+    write_scene(tmp_path / "in/a.tif", noise(20, 30), crs=crs, transform=rasterio.Affine(*transform))
+    write_scene(tmp_path / "in/b.tif", noise(20, 30))
+    (odd, other), skipped = read_scenes([str(tmp_path / "in")])
+    assert skipped == []
+    assert "bbox" in other.metadata["geo"]
+    assert ("bbox" in odd.metadata["geo"]) == (crs == "EPSG:32633")
+    assert load_image(odd).size == (30, 20)
+    assert outlines([odd.metadata])[0] is None or crs == "EPSG:32633"
+
+
 def test_footprints_across_the_antimeridian_and_over_a_pole() -> None:
     # UTM zone 1 begins at 180 degrees west, 360 km from this left edge.
     across = footprint("EPSG:32601", (200_000, 7_200_000, 450_000, 7_300_000))
