@@ -56,7 +56,12 @@ class Tiling:
             raise ValueError(f"max_nodata: {self.max_nodata} must be within 0 and 1.")
 
     def windows(self, width: int, height: int) -> list[Window]:
-        """Windows that cover a scene of so many pixels, row by row."""
+        """Windows that cover a scene of so many pixels, row by row.
+
+        Raises:
+            ImageProblem: there are more of them than anybody means.
+        """
+        geotiff.require_few_tiles(width, height, self.tile_px, self.tile_px - self.overlap_px)
         tile_width, tile_height = min(self.tile_px, width), min(self.tile_px, height)
         return [
             (left, top, tile_width, tile_height)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -19,6 +20,9 @@ from .prepare import EncodedImage, encode, is_measured, require_one_size
 
 _SAMPLED_PX = 1024  # percentiles are taken from the scene at no more than this size
 _METRES_PER_DEGREE = 111_320.0
+_JPEG2000_EXTENSIONS = (".jp2", ".j2k")
+MOST_TILES = 1_000_000
+"""Of one scene: 256,000 x 256,000 pixels in tiles of 256."""
 
 
 def is_geo(place: Location, options: ImageOptions) -> bool:
@@ -35,12 +39,13 @@ def tiled(records: Iterable[Record | Rejection], options: ImageOptions) -> Itera
         if isinstance(record, Rejection) or not options.tile_px or not is_geo(record.image, options):
             yield record
             continue
+        side = options.tile_px
         try:
             width, height = _common_size(record.images)
+            require_few_tiles(width, height, side, side)
         except ImageProblem as problem:
             yield Rejection(record.source, "unreadable image", str(problem))
             continue
-        side = options.tile_px
         if max(width, height) <= side:
             yield record
             continue
@@ -69,27 +74,50 @@ def prepare(place: Location, options: ImageOptions) -> tuple[EncodedImage, dict[
 
 
 def open_scene(url: str, steady: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda opener: opener) -> Any:
-    """A raster opened through rasterio, local or by any fsspec URL.
+    """A GeoTIFF, whatever its name, or JPEG 2000 by its name, opened through rasterio, local or by any fsspec URL.
+
+    GDAL's other formats are refused: a VRT, named .tif, can point to any file or address.
 
     Args:
         url: of the raster.
         steady: may wrap what opens remote files, to try again where a store fails.
     Raises:
-        ImageProblem: rasterio cannot open it.
+        ImageProblem: rasterio cannot open it, or it is of another format.
         ShardError: rasterio is not installed.
     """
     try:
         import rasterio
     except ImportError as error:
         raise ShardError("--geo reads TIFFs through rasterio: pip install rasterio.") from error
+    driver = "JP2OpenJPEG" if url.lower().endswith(_JPEG2000_EXTENSIONS) else "GTiff"
     try:
-        if store.is_local(url):
-            store.open_regular(store.local_path(url)).close()  # GDAL would wait for a pipe
-            return rasterio.open(store.local_path(url))
-        fs, path = store.filesystem(url)
-        return rasterio.open(path, opener=steady(fs.open))
+        with warnings.catch_warnings():  # what has no place is told by its missing CRS
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+            if store.is_local(url):
+                store.open_regular(store.local_path(url)).close()  # GDAL would wait for a pipe
+                return rasterio.open(store.local_path(url), driver=driver)
+            fs, path = store.filesystem(url)
+            return rasterio.open(path, driver=driver, opener=steady(fs.open))
     except (rasterio.errors.RasterioIOError, OSError, store.NotReadable) as error:
         raise ImageProblem(f"rasterio cannot open it: {error}") from error
+
+
+def require_few_tiles(width: int, height: int, side: int, step: int) -> None:
+    """Refuse a scene of more tiles than anybody means: a header of some bytes can claim any size.
+
+    Args:
+        width, height: of the scene in pixels.
+        side: of a tile.
+        step: from a tile to its neighbour, at most.
+    Raises:
+        ImageProblem: it has more than MOST_TILES.
+    """
+    tiles = math.prod(math.ceil(max(0, length - side) / step) + 1 for length in (width, height))
+    if tiles > MOST_TILES:
+        raise ImageProblem(
+            f"{width} x {height} pixels make {tiles:,} tiles, more than {MOST_TILES:,} of one scene; "
+            "larger tiles are fewer (--tile-px), or cut the scene into files"
+        )
 
 
 def read_pixels(

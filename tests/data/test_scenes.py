@@ -26,6 +26,8 @@ from msa_openclip.data.pixels import load_image
 from msa_openclip.data.scenes import Tiling, read_scenes
 from msa_openclip.data.stac import read_stac
 from msa_openclip.search.places import outlines
+from msa_openclip.shards.imagery.geotiff import MOST_TILES
+from msa_openclip.shards.records import ImageProblem
 
 rasterio = pytest.importorskip("rasterio", reason="rasterio (extra geo) is not installed")
 shapely = pytest.importorskip("shapely", reason="shapely (extra geo) is not installed")
@@ -190,6 +192,36 @@ def test_a_scene_without_crs_has_no_place(tmp_path: Path) -> None:
     scene = write_scene(tmp_path / "scene.tif", noise(20, 20), crs=None)
     ((tile,), _) = read_scenes([str(scene)])
     assert "bbox" not in tile.metadata["geo"]
+
+
+def test_a_vrt_named_tif_is_refused_by_name(tmp_path: Path) -> None:
+    inner = write_scene(tmp_path / "elsewhere/secret.tif", noise(20, 20))
+    write_scene(tmp_path / "in/a.tif", noise(20, 20))
+    source = f"<SimpleSource><SourceFilename>{inner}</SourceFilename><SourceBand>1</SourceBand></SimpleSource>"
+    band = f'<VRTRasterBand dataType="Byte" band="1">{source}</VRTRasterBand>'
+    (tmp_path / "in/b.tif").write_text(f'<VRTDataset rasterXSize="20" rasterYSize="20">{band}</VRTDataset>')
+    tiles, (skipped,) = read_scenes([str(tmp_path / "in")])
+    assert [tile.image_id for tile in tiles] == [str(tmp_path / "in/a.tif")]
+    assert skipped.file == str(tmp_path / "in/b.tif")
+    assert "rasterio cannot open it" in skipped.reason
+
+
+def test_a_scene_of_more_tiles_than_anybody_means_is_refused_before_they_are_listed() -> None:
+    with pytest.raises(
+        ImageProblem, match=r"2000000000 x 2000000000 pixels make 61,035,156,250,000 tiles, more than 1,000,000"
+    ):
+        Tiling().windows(2_000_000_000, 2_000_000_000)
+    assert len(Tiling(tile_px=2, overlap_px=1).windows(1001, 1001)) == MOST_TILES
+    with pytest.raises(ImageProblem, match="1,001,000 tiles"):
+        Tiling(tile_px=2, overlap_px=1).windows(1002, 1001)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_scene_without_a_place_is_opened_without_a_warning(tmp_path: Path) -> None:
+    with pytest.warns(rasterio.errors.NotGeoreferencedWarning):
+        scene = write_scene(tmp_path / "scene.tif", noise(20, 20), crs=None, transform=rasterio.Affine.identity())
+    ((tile,), _) = read_scenes([str(scene)])
+    assert load_image(tile).size == (20, 20)
 
 
 @pytest.mark.parametrize(
