@@ -138,7 +138,8 @@ def _pole(crs: str, latitude: float) -> NDArray[np.float64] | None:
         found = np.array(transform(_WGS84, _source(crs), [0.0, 120.0, -120.0], [latitude] * 3)[:2]).T
     except Exception:  # as above
         return None
-    return found[0] if np.isfinite(found).all() and np.ptp(found, axis=0).max() < 1e-3 else None
+    at: NDArray[np.float64] = found[0]
+    return at if np.isfinite(found).all() and np.ptp(found, axis=0).max() < 1e-3 else None
 
 
 def _bbox(fine: Points, sag: NDArray[np.float64], poles: Sequence[float]) -> list[float]:
