@@ -196,7 +196,7 @@ def _palette(scene: Any) -> NDArray[np.uint8] | None:
         known = scene.colormap(1)
     except ValueError:  # it is said to have one, and has none
         return None
-    colours = np.zeros((3, np.iinfo(scene.dtypes[0]).max + 1), dtype=np.uint8)
+    colours: NDArray[np.uint8] = np.zeros((3, np.iinfo(scene.dtypes[0]).max + 1), dtype=np.uint8)
     for value, colour in known.items():
         colours[:, value] = colour[:3]
     return colours
