@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -21,6 +22,8 @@ from .prepare import EncodedImage, encode, is_measured, require_one_size
 _SAMPLED_PX = 1024  # percentiles are taken from the scene at no more than this size
 _METRES_PER_DEGREE = 111_320.0
 _JPEG2000_EXTENSIONS = (".jp2", ".j2k")
+_BESIDE = (".aux.xml", ".msk", ".ovr")
+_WORLD_FILES = (".tfw", ".TFW", ".tifw", ".tiffw", ".wld", ".WLD", ".j2w")
 MOST_TILES = 1_000_000
 """Of one scene: 256,000 x 256,000 pixels in tiles of 256."""
 
@@ -94,12 +97,24 @@ def open_scene(url: str, steady: Callable[[Callable[..., Any]], Callable[..., An
         with warnings.catch_warnings():  # what has no place is told by its missing CRS
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             if store.is_local(url):
-                store.open_regular(store.local_path(url)).close()  # GDAL would wait for a pipe
+                _require_regular(store.local_path(url))
                 return rasterio.open(store.local_path(url), driver=driver)
             fs, path = store.filesystem(url)
             return rasterio.open(path, driver=driver, opener=steady(fs.open))
     except (rasterio.errors.RasterioIOError, OSError, store.NotReadable) as error:
         raise ImageProblem(f"rasterio cannot open it: {error}") from error
+
+
+def _require_regular(path: str) -> None:
+    """Refuse what is no regular file, of a raster and of what GDAL reads beside it: GDAL would wait for a pipe.
+
+    Raises:
+        NotReadable: there is one.
+    """
+    stem = os.path.splitext(path)[0]
+    beside = [path + end for end in _BESIDE] + [stem + end for end in _WORLD_FILES]
+    for found in (path, *filter(os.path.exists, beside)):
+        store.open_regular(found).close()
 
 
 def require_few_tiles(width: int, height: int, side: int, step: int) -> None:

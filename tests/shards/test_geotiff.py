@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from helpers.shards_data import tar_members
 from PIL import Image
 
 from msa_openclip.shards import BuildOptions, ImageOptions, ShardError, build
+from msa_openclip.shards.imagery import geotiff
+from msa_openclip.shards.records import ImageProblem
 
 rasterio = pytest.importorskip("rasterio", reason="rasterio (extra geo) is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -165,6 +168,14 @@ def test_absent_bands_and_broken_files_are_rows(tmp_path: Path) -> None:
     rows = {row["file"]: row["detail"] for row in map(json.loads, (tmp_path / "out/rejected.jsonl").open())}
     assert "band 'red' does not exist; there are 1 bands" in rows["c/x.tif"]
     assert "rasterio cannot open it" in rows["c/z.tif"]
+
+
+@pytest.mark.parametrize("name", ["a.tif.aux.xml", "a.tif.msk", "a.tif.ovr", "a.tfw"])
+def test_a_pipe_beside_a_scene_is_refused_unopened(tmp_path: Path, name: str) -> None:
+    write_scene(tmp_path / "a.tif", np.ones((3, 4, 4), np.uint8))
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ImageProblem, match=f"{name}: not a regular file"):
+        geotiff.open_scene(str(tmp_path / "a.tif"))
 
 
 def test_tiled_builds_are_equal_byte_for_byte_with_more_workers(tmp_path: Path) -> None:
