@@ -21,10 +21,11 @@ from ..data.streams import content_mark
 from ..evaluation.loading import LoadedModel
 from ..model.architecture import token_mark
 from ..model.cached import FeatureError, describe_towers
+from ..shards import manifest
 from ..shards.storage import store
 from ..shards.storage.locking import one_writer
 from .feature_options import FeatureOptions
-from .features import MEMBER, Header, pack, read_header
+from .features import HEADER, MEMBER, Header, pack, read_header
 from .samples import Sample, Tally, decode, read_share
 from .shares import Share
 
@@ -43,13 +44,14 @@ def write_features(model: LoadedModel, shards: Sequence[str], folder: str, optio
 
     Raises:
         FeatureError: the folder holds other features, the model has no locked part to cache, or float16 cannot hold
-            its outputs.
+            its outputs; or a file that is not of features would be overwritten, of the source or of another folder.
         StreamError, ShardDataError: a shard cannot be read, or holds nothing that can be used.
         BeingWritten: another process is writing to the folder.
     """
     names = [store.base_name(url) for url in shards]
     if len(set(names)) != len(names):
         raise FeatureError(f"{folder}: two of the {len(names)} shards have one name; write them to two folders.")
+    _require_apart(shards, folder)
     store.make_folder(folder)
     new = 0
     with one_writer(folder):
@@ -63,6 +65,28 @@ def write_features(model: LoadedModel, shards: Sequence[str], folder: str, optio
             new += 1
         _write_sizes(header, folder)
     return new
+
+
+def _require_apart(shards: Sequence[str], folder: str) -> None:
+    """Refuse to write where the source lies: features have the names of the shards that they are made of."""
+    files = (url for url in shards if not url.startswith("pipe:"))  # a command names no place
+    inside = next((url for url in files if store.overlap(url, folder)), None)
+    if inside is not None:
+        raise FeatureError(
+            f"{folder}: the target and the source {inside} are one, or one lies inside the other, and the source would "
+            "be overwritten. Choose another folder for the features."
+        )
+
+
+def _require_free(folder: str, shards: Sequence[str]) -> None:
+    """Refuse a folder without features.json that has files of the names to be written, or is one of a shard build."""
+    reserved = {*map(store.base_name, shards), *manifest.FILES}
+    found = sorted(reserved.intersection(store.names(folder)))
+    if found:
+        raise FeatureError(
+            f"{folder}: has {found[0]} but no {HEADER}, so what lies there is not of features, and would be "
+            "overwritten. Choose another folder."
+        )
 
 
 def _is_written(known: Mapping[str, Any] | None, target: str, source: str) -> bool:
@@ -93,6 +117,7 @@ def _opened(model: LoadedModel, shards: list[str], folder: str, options: Feature
     )
     known = read_header(folder)
     if known is None:
+        _require_free(folder, shards)
         wanted.write(folder)
         return wanted
     there, asked = known.settings(), wanted.settings()

@@ -469,6 +469,53 @@ def test_shards_that_were_replaced_are_written_again(models: Path, scenes: Path,
     assert write_features(model, urls, str(out), FeatureOptions()) == 1
 
 
+def copied(scenes: Path, folder: Path) -> dict[str, bytes]:
+    """Two shards of scenes in a folder of their own, with sizes.json; returns what is in each file."""
+    folder.mkdir()
+    for name in ("train-000000.tar", "train-000001.tar", "sizes.json"):
+        shutil.copy(scenes / name, folder)
+    return files(folder)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("target", ["images", "linked", "."])
+def test_features_do_not_overwrite_the_shards_that_they_are_made_of(
+    target: str, models: Path, scenes: Path, tmp_path: Path
+) -> None:
+    before = copied(scenes, tmp_path / "images")
+    (tmp_path / "linked").symlink_to("images")
+    model = load_model(f"features-ViT={models}/features-ViT.pt")
+    urls = [str(tmp_path / "images" / f"train-00000{number}.tar") for number in (0, 1)]
+    with pytest.raises(FeatureError, match=r"the target and the source .*train-000000\.tar are one, or one"):
+        write_features(model, urls, str(tmp_path / target), FeatureOptions())
+    assert files(tmp_path / "images") == before
+
+
+def test_features_do_not_overwrite_other_shards_or_what_lies_beside_them(
+    models: Path, scenes: Path, tmp_path: Path
+) -> None:
+    model = load_model(f"features-ViT={models}/features-ViT.pt")
+    urls = [str(scenes / "train-000000.tar")]
+    before = copied(scenes, tmp_path / "other")
+    for name in ("sizes.json", "train-000000.tar"):
+        with pytest.raises(FeatureError, match=rf"other: has {name} but no features\.json, so what lies there is not"):
+            write_features(model, urls, str(tmp_path / "other"), FeatureOptions())
+        assert files(tmp_path / "other") == before
+        (tmp_path / "other" / name).unlink()
+        del before[name]
+    assert write_features(model, urls, str(tmp_path / "other"), FeatureOptions()) == 1  # beside a shard of another name
+    assert (tmp_path / "other/train-000001.tar").read_bytes() == before["train-000001.tar"]
+
+
+def test_commands_that_read_shards_have_no_place(models: Path, scenes: Path, tmp_path: Path) -> None:
+    model = load_model(f"features-ViT={models}/features-ViT.pt")
+    command = f"pipe:cat {scenes}/train-000000.tar # as of s3://bucket/train-000000.tar"
+    assert write_features(model, [command], str(tmp_path / "out"), FeatureOptions()) == 1
+
+
 def test_one_process_writes_features_at_a_time(models: Path, scenes: Path, tmp_path: Path) -> None:
     model = load_model(f"features-ViT={models}/features-ViT.pt")
     with one_writer(str(tmp_path)), pytest.raises(BeingWritten, match="is writing here"):
