@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,12 @@ def model_options(checkpoint: str, model: str) -> dict[str, Any]:
     model than their name builds (https://github.com/mlfoundations/open_clip/issues/771).
 
     Args:
-        checkpoint: a file; only one that lies in RUN/checkpoints tells its run.
+        checkpoint: a file; only one that lies in RUN/checkpoints tells its run, from whichever folder it is named and
+            through links.
         model: name of the model that is to be built; parameters of a run of another model are none of its business.
     """
-    folder = Path(checkpoint).parent
-    run = folder.parent
-    if folder.name != "checkpoints" or not (run / "params.txt").exists():
+    run = _run_of(checkpoint)
+    if run is None:
         return {}
     parameters = read_parameters(run)
     if parameters["model"] != model:
@@ -64,8 +65,20 @@ def model_options(checkpoint: str, model: str) -> dict[str, Any]:
     return {name: parameters[name] for name in MODEL_OPTIONS if parameters.get(name) not in (None, False)}
 
 
+def _run_of(checkpoint: str) -> Path | None:
+    """The folder of the run that a checkpoint belongs to; None if it lies in none."""
+    named = Path(checkpoint)
+    places = [named]
+    if os.path.isfile(checkpoint):  # what is no file is a tag of open_clip's, whatever folder this is called from
+        # The run that wrote it comes before the one that has a link to it; a run may keep its files elsewhere, too.
+        places = [named.resolve(), named.absolute()]
+    runs = (place.parent.parent for place in places if place.parent.name == "checkpoints")
+    return next((run for run in runs if (run / "params.txt").exists()), None)
+
+
 def _value(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):  # of what is nested too deeply, the last two
+    # TypeError of a list as the key of a dictionary, the last two of what is nested too deeply.
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return text

@@ -53,6 +53,36 @@ def test_options_of_the_model_alone_and_only_those_given(run: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("where", ["checkpoints", "elsewhere", "archive"])
+def test_a_checkpoint_is_known_from_any_folder_and_through_links(
+    where: str, run: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = run / "checkpoints" / "epoch_1.pt"
+    checkpoint.touch()
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(checkpoint.parent if where == "checkpoints" else elsewhere)
+    if where == "elsewhere":  # a link to the file
+        Path("epoch_1.pt").symlink_to(checkpoint)
+    if where == "archive":  # the run has a link to where its files are kept
+        (elsewhere / "epoch_1.pt").touch()
+        checkpoint.unlink()
+        checkpoint.symlink_to(elsewhere / "epoch_1.pt")
+        monkeypatch.chdir(checkpoint.parent)
+    assert model_options("epoch_1.pt", "tiny-ViT")["force_image_size"] == 48
+
+
+def test_a_tag_is_no_file_of_the_folder_that_it_is_given_in(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run / "checkpoints")
+    assert model_options("openai", "tiny-ViT") == {}
+
+
+@pytest.mark.parametrize("text", ["{[]: 1}", "{{}}"])
+def test_what_python_cannot_build_is_text(text: str, run: Path) -> None:
+    with (run / "params.txt").open("a", encoding="utf-8") as file:
+        file.write(f"odd: {text}\n")
+    assert read_parameters(run)["odd"] == text
+
+
 @pytest.mark.parametrize("place", ["openai", "epoch_1.pt", "checkpoints/epoch_1.pt", "/checkpoints/epoch_1.pt"])
 def test_a_file_that_lies_in_no_run_has_none(place: str) -> None:
     assert model_options(place, "tiny-ViT") == {}
