@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
 from pathlib import Path
 
@@ -9,12 +10,13 @@ _PICKLE = b"\x80"  # first byte of the format that torch wrote before 1.6, which
 
 
 def is_whole(path: str | Path) -> bool:
-    """True if a checkpoint is there to its end: the directory of torch's zip files is written last."""
+    """True if a checkpoint is there to its end, and the directory of torch's zip file, which is written last, can be read."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("data.pkl") for name in archive.namelist())
     except FileNotFoundError:
         return False
-    except (zipfile.BadZipFile, OSError):
+    # Of a damaged directory also versions that zipfile does not know, and names and fields that it cannot decode.
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, struct.error):
         with open(path, "rb") as file:
             return file.read(1) == _PICKLE

@@ -36,6 +36,24 @@ def test_a_cut_checkpoint_is_not_whole(folder: Path, share: float) -> None:
     assert not is_whole(folder / "epoch_9.pt")
 
 
+def test_a_flipped_byte_of_the_directory_is_an_answer_too(folder: Path) -> None:
+    path = folder / "epoch_2.pt"
+    data = path.read_bytes()
+    answers = set()
+    for place in range(data.index(b"PK\x01\x02"), len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0x80]) + data[place + 1 :])
+        answers.add(is_whole(path))
+    assert answers == {False, True}  # of an attribute or a time nothing depends
+
+
+def test_a_version_that_nobody_writes_is_set_aside(folder: Path) -> None:
+    path = folder / "epoch_2.pt"
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + 6] = 128  # version needed to extract: 12.8
+    path.write_bytes(data)
+    assert set_aside_half_written(folder) == [path]
+
+
 def test_formats_of_old_are_taken_as_they_are(folder: Path) -> None:
     torch.save({"w": torch.zeros(3)}, folder / "old.pt", _use_new_zipfile_serialization=False)
     assert is_whole(folder / "old.pt")
