@@ -10,7 +10,7 @@ _PICKLE = b"\x80"  # first byte of the format that torch wrote before 1.6, which
 
 
 def is_whole(path: str | Path) -> bool:
-    """True if a checkpoint is there to its end, and the directory of torch's zip file, which is written last, can be read."""
+    """True if a checkpoint is there to its end: torch writes the directory of its zip files last; it can be read."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("data.pkl") for name in archive.namelist())

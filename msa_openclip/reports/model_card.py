@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..data.small_files import FileProblem, read_json
 from ..evaluation.run_parameters import MODEL_OPTIONS, RunError, read_parameters
 from ..evaluation.scorer import main_ranking
 from ..plugin.configs import model_config
@@ -17,7 +18,7 @@ from ..shards import manifest
 from ..shards.pages.render import render
 from ..shards.records import ShardError
 from .report import COLUMNS, TEMPLATES, TIES
-from .run_selection import BestEpoch, best_epoch
+from .run_selection import BestEpoch, best_epoch, is_number
 
 OPEN = "TO FILL IN"
 """Stands where only the author knows."""
@@ -53,19 +54,28 @@ def gather(run: str, report: str, metric: str) -> TestedRun:
         report: JSON of `msa-openclip eval` or `best` on test data.
         metric: key of results.jsonl by which the epoch was chosen.
     Raises:
-        RunError: the run's best epoch by validation is not what the report tested, or one of the files is missing.
+        RunError: the run's best epoch by validation is not what the report tested, or the report lacks what the card
+            says, or something of the run is missing.
     """
     best, parameters = best_epoch(run, metric), read_parameters(Path(run))
     try:
-        content = json.loads(Path(report).read_text(encoding="utf-8"))
+        content = read_json(report)
         entries = {entry["model"].partition("=")[2]: entry for entry in content["models"]}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except FileProblem as error:
+        raise RunError(str(error)) from error
+    except (KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{report}: not written by `msa-openclip best --json` or `eval --json` ({error!r}).") from error
     tested = [entry for file, entry in entries.items() if Path(file).resolve() == Path(best.checkpoint).resolve()]
     if not tested:
         raise RunError(
             f"{report}: tests {', '.join(entries) or 'nothing'}, but the run's best epoch on val is {best.checkpoint}; "
             f"test that: msa-openclip best {run} --shards PATTERN --json {report}"
+        )
+    lacking = next(_lacking(content, tested[0]), None)
+    if lacking:
+        raise RunError(
+            f"{report}: {lacking} is missing or not as `msa-openclip best --json` or `eval --json` writes it; "
+            "write the report again."
         )
     built = _manifest(str(parameters.get("train_data", "")))
     return TestedRun(
@@ -77,6 +87,46 @@ def gather(run: str, report: str, metric: str) -> TestedRun:
         report=content,
         tested=tested[0],
     )
+
+
+def _lacking(report: Mapping[str, Any], tested: Mapping[str, Any]) -> Iterator[str]:
+    """The keys of a report, and of its entry, that a card shows and that do not hold what it can show."""
+    if not _has_numbers(report.get("data"), ("images", "captions", "distinct_captions")):
+        yield "data"
+    if not isinstance(report.get("versions", {}), Mapping):
+        yield "versions"
+    if not isinstance(tested.get("ties"), str) or tested["ties"] not in TIES:
+        yield "ties"
+    metrics = tested.get("metrics")
+    if not isinstance(metrics, Mapping) or main_ranking(metrics) not in metrics:
+        yield "metrics"
+        return
+    shown = [name for name in metrics if "_scale" not in name]
+    yield from (f"metrics.{name}" for name in shown if not _has_numbers(metrics[name], COLUMNS))
+    intervals = tested.get("intervals_95", {})
+    if not isinstance(intervals, Mapping):
+        yield "intervals_95"
+        return
+    yield from (f"intervals_95.{name}" for name in shown if name in intervals and not _has_pair(intervals[name]))
+    if not isinstance(report.get("chosen", []), list):
+        yield "chosen"
+    elif len(report.get("chosen", [])) > 1:  # several seeds, summed up
+        seeds = report.get("mean_sd")
+        if not isinstance(seeds, Mapping):
+            yield "mean_sd"
+            return
+        yield from (f"mean_sd.{name}" for name in seeds if "_scale" not in name and not _has_pair(seeds[name]))
+
+
+def _has_numbers(values: object, keys: Iterable[str]) -> bool:
+    """Whether a part of a report is an object that has numbers under these keys."""
+    return isinstance(values, Mapping) and all(is_number(values.get(key)) for key in keys)
+
+
+def _has_pair(values: object) -> bool:
+    """Whether a part of a report is an object whose mR is two numbers."""
+    pair = values.get("mR") if isinstance(values, Mapping) else None
+    return isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair))
 
 
 def _manifest(pattern: str) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def best_epoch(run: str, metric: str = METRIC) -> BestEpoch:
         raise RunError(f"{results}: not found; give LOGS/NAME of a run trained with --val-data.")
     rows = read_results(results)
     measured = {row["epoch"]: row[metric] for row in rows if metric in row and "epoch" in row}
-    odd = [(epoch, value) for epoch, value in measured.items() if type(epoch) is not int or not _is_number(value)]
+    odd = [(epoch, value) for epoch, value in measured.items() if type(epoch) is not int or not is_number(value)]
     if odd:
         raise RunError(f"{results}: epoch {odd[0][0]!r} has {metric} {odd[0][1]!r}, which is no number.")
     if not measured:
@@ -100,7 +100,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     """Whether a value out of JSON is a number that can be compared, NaN and infinity included."""
     return type(value) is float or (type(value) is int and abs(value) < 1 << 53)
 

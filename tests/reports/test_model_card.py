@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import open_clip
@@ -139,6 +140,43 @@ def test_a_test_of_something_else_is_refused(folder: Path, tmp_path: Path) -> No
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(RunError, match=r"x\.json: not written by `msa-openclip best --json`"):
         gather(str(folder / "a"), str(tmp_path / "x.json"), METRIC)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("ties", "odd", "ties"),
+        ("ties", [], "ties"),
+        ("metrics", None, "metrics"),
+        ("metrics", 1.0, "metrics"),
+        ("metrics", {"other": {}}, "metrics"),
+        ("metrics", {"fused": {"mR": 1.0}}, r"metrics\.fused"),
+        ("intervals_95", {"fused": {"mR": [1.0]}}, r"intervals_95\.fused"),
+        ("data", {"images": 3}, "data"),
+        ("chosen", 3, "chosen"),
+        ("mean_sd", {"fused": 1.0}, r"mean_sd\.fused"),
+    ],
+)
+def test_a_report_that_lacks_what_the_card_says_is_refused_by_its_key(
+    key: str, value: object, named: str, folder: Path, tmp_path: Path
+) -> None:
+    content = json.loads((folder / "two.json").read_text())
+    place = content if key in content else content["models"][0]
+    assert key in place
+    place[key] = value
+    if value is None:
+        del place[key]
+    (tmp_path / "odd.json").write_text(json.dumps(content))
+    with pytest.raises(RunError, match=rf"odd\.json: {named} is missing or not as `msa-openclip best --json`"):
+        text(folder, str(tmp_path / "odd.json"))
+
+
+def test_a_pipe_or_endless_nesting_is_no_report(folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    for name, reason in (("pipe", "not a regular file"), ("deep.json", "nested too deeply")):
+        with pytest.raises(RunError, match=f"{name}: {reason}"):
+            text(folder, str(tmp_path / name))
 
 
 def test_shards_that_are_gone_leave_their_counts_out(folder: Path, tmp_path: Path) -> None:
