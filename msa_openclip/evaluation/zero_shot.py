@@ -49,7 +49,7 @@ def classify(
     Args:
         model: any model.
         images: images with labels; captions are not looked at.
-        templates: captions with {} in the place of the class.
+        templates: captions with {} in the place of the class, once or more; other braces are text.
         progress: a bar on stderr.
     Raises:
         EvalDataError: an image has no label or is of other dates than the model takes, there is only one class, or
@@ -59,7 +59,8 @@ def classify(
     classes = _checked_classes(images, templates)
     number = {name: index for index, name in enumerate(classes)}
     target = torch.tensor([number[str(image.label)] for image in images])
-    texts = [template.format(class_words(name)) for name in classes for template in templates]
+    # No `format`: other braces of a template are text.
+    texts = [template.replace("{}", class_words(name)) for name in classes for template in templates]
     encoded = model.scorer.texts(model.tokenizer(texts))
     spans = batch_spans(len(images), batch_size)
     scores = []

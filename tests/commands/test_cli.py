@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import open_clip
@@ -277,6 +278,13 @@ def test_classify_equals_a_loop_over_images_classes_and_templates(checkpoints, c
         assert found.top1[ranking] == pytest.approx(sum(values) / len(values))
         assert found.per_class[ranking]["open_water"] == pytest.approx(sum(values[3:]) / 2)
         assert found.top5[ranking] == 100.0
+
+
+def test_braces_of_templates_are_text(checkpoints, class_folder: Path) -> None:
+    loaded, seen = load(checkpoints["tiny-ViT"]), []
+    model = replace(loaded, tokenizer=lambda texts: seen.extend(texts) or loaded.tokenizer(texts))
+    classify(model, read_class_folder(str(class_folder)), ("a {} of {size}", "{} {}", "a {} {"))
+    assert seen[3:] == ["a open water of {size}", "open water open water", "a open water {"]
 
 
 def test_classify_knows_nothing_from_constant_scores(checkpoints, class_folder: Path, monkeypatch) -> None:
