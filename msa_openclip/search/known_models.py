@@ -43,7 +43,7 @@ def model_of(index: str, given: str | None) -> str:
 
 
 def remember(model: LoadedModel) -> None:
-    """Keep where a model was loaded from; without a word where the user's folder cannot be written."""
+    """Keep where a model was loaded from; without a word where the user has no folder, or none that can be written."""
     name, found, checkpoint = model.spec.partition("=")
     if checkpoint == UNTRAINED:
         return
@@ -51,10 +51,10 @@ def remember(model: LoadedModel) -> None:
     if spec.startswith("local-dir:"):
         spec = "local-dir:" + os.path.abspath(spec.removeprefix("local-dir:"))
     mark, known = fingerprint(model.scorer), _read()
-    if known.pop(mark, None) == spec:
+    path = _path()
+    if known.pop(mark, None) == spec or path is None:
         return
     known[mark] = spec  # last, so that the oldest are forgotten first
-    path = _path()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,14 +64,21 @@ def remember(model: LoadedModel) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _path() -> Path:
+def _path() -> Path | None:
+    """The file of the user's folder; None for a user without one, as containers run under any number."""
     state = os.environ.get("XDG_STATE_HOME")
-    return (Path(state) if state else Path.home() / ".local" / "state") / "msa_openclip" / "models.json"
+    try:
+        return (Path(state) if state else Path.home() / ".local" / "state") / "msa_openclip" / "models.json"
+    except RuntimeError:  # neither HOME nor an entry among the users
+        return None
 
 
 def _read() -> dict[str, str]:
+    path = _path()
+    if path is None:
+        return {}
     try:
-        content = read_json(_path())
+        content = read_json(path)
     except (OSError, FileProblem):
         return {}
     return {str(mark): str(spec) for mark, spec in content.items()} if isinstance(content, dict) else {}

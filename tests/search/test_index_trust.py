@@ -32,7 +32,7 @@ from msa_openclip.search.build import build_index
 from msa_openclip.search.checksums import checksums
 from msa_openclip.search.files import ImageIndexError, sealed
 from msa_openclip.search.index import ImageIndex
-from msa_openclip.search.known_models import model_of
+from msa_openclip.search.known_models import model_of, remember
 from msa_openclip.search.searcher import Searcher
 from msa_openclip.search.verify import verify_index
 from msa_openclip.shards.storage.locking import BeingWritten, one_writer
@@ -327,6 +327,16 @@ def test_an_index_loads_no_model_by_its_own_word(built: Path, spec: str, tmp_pat
 
 
 # ---- the images that it was built from
+
+
+def test_who_has_no_home_knows_no_models(built: Path, model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a container that runs under a number without a user of that number."""
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    remember(model)
+    with pytest.raises(ImageIndexError, match="a place that you have not used for an index before"):
+        model_of(str(built), None)
 
 
 def test_images_of_two_sets_with_equal_names_are_both_there(model: LoadedModel, tmp_path: Path) -> None:
