@@ -29,7 +29,7 @@ def run(parsed: argparse.Namespace) -> None:
     from ..reports.report import write_json
     from . import inputs
 
-    images = read_class_folder(parsed.folder) if parsed.folder else inputs.read_images(parsed)[0]
+    images = read_class_folder(parsed.folder) if parsed.folder is not None else inputs.read_images(parsed)[0]
     results = {}
     for spec in parsed.models:
         model = inputs.load_model(spec, parsed)

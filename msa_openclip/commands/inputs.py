@@ -25,7 +25,7 @@ def read_images(parsed: argparse.Namespace) -> tuple[list[CaptionedImage], str]:
     Raises:
         EvalDataError: the data cannot be read, or the pattern of the classes fits nothing.
     """
-    if parsed.shards:
+    if parsed.shards is not None:
         images, source = read_shards(parsed.shards), str(parsed.shards)
     else:
         split = None if parsed.split == "all" else parsed.split

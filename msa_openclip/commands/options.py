@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import re
 
-from ..evaluation.options import PRECISIONS, EvalOptions
+from ..evaluation.options import MOST_BATCH, MOST_MEMORY_MB, PRECISIONS, EvalOptions
 from ..reports.run_selection import METRIC
 from ..search.options import KINDS
-from ..shards.arguments import add_choice, add_number, add_progress
+from ..shards.arguments import add_choice, add_number, add_progress, whole_number
 from ..shards.options import KINDS as CAPTION_KINDS
 from ..shards.records import SPLITS
 
+MOST_SAMPLES = 1_000_000
+"""Of a bootstrap; intervals change no more long before that."""
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 MODEL = "NAME=CHECKPOINT, NAME=TAG, hf-hub:ORG/REPO or local-dir:FOLDER"
 
@@ -31,11 +33,11 @@ def add_data(parser: argparse.ArgumentParser, *, folder: str | None = None) -> N
     group = parser.add_argument_group("data, from one source")
     sources = group.add_mutually_exclusive_group(required=True)
     if folder:
-        sources.add_argument("--folder", metavar="FOLDER", help=folder)
+        sources.add_argument("--folder", type=place, metavar="FOLDER", help=folder)
     text = "WebDataset shards of either layout, e.g. 'data/test-{000..003}.tar'"
-    sources.add_argument("--shards", metavar="PATTERN", help=text)
+    sources.add_argument("--shards", type=place, metavar="PATTERN", help=text)
     text = "caption file or folder as `msa-openclip shards build` reads it"
-    sources.add_argument("--captions", metavar="FILE", help=text)
+    sources.add_argument("--captions", type=place, metavar="FILE", help=text)
     text = "of the images of --captions (default: the folder of the captions)"
     group.add_argument("--images", metavar="FOLDER", help=text)
     text = "split of --captions (default: %(default)s)"
@@ -50,7 +52,8 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("running")
     add_loading(group)
     add_batches(group)
-    add_number(group, "--memory-mb", "bound on image sides and scores", default=EvalOptions().memory_mb)
+    text = "bound on image sides and scores"
+    add_number(group, "--memory-mb", text, default=EvalOptions().memory_mb, most=MOST_MEMORY_MB)
     add_progress(group)
 
 
@@ -71,7 +74,8 @@ def add_device(group: argparse._ActionsContainer) -> None:
 def add_batches(group: argparse._ActionsContainer) -> None:
     """--batch-size and --workers."""
     defaults = EvalOptions()
-    add_number(group, "--batch-size", "images or captions encoded at once", default=defaults.batch_size)
+    text = "images or captions encoded at once"
+    add_number(group, "--batch-size", text, default=defaults.batch_size, most=MOST_BATCH)
     text = "processes that decode images, 0 for none beside this one"
     add_number(group, "--workers", text, default=defaults.workers, least=0)
 
@@ -96,7 +100,8 @@ def add_reports(parser: argparse.ArgumentParser, *, bootstrap: int) -> argparse.
     """--bootstrap with its default, --json and --html; returns their group, for what a command adds."""
     group = parser.add_argument_group("report")
     text = "samples for 95 %% intervals over images, 0 for none"
-    add_number(group, "--bootstrap", text, default=bootstrap, least=0)
+    text = f"{text} (default: %(default)s)"
+    group.add_argument("--bootstrap", type=bootstrap_samples, default=bootstrap, metavar="N", help=text)
     group.add_argument("--json", metavar="FILE", help="write everything as data")
     group.add_argument("--html", metavar="FILE", help="write a page with plots and images (needs matplotlib)")
     return group
@@ -108,6 +113,21 @@ def device(text: str) -> str:
     if kind not in DEVICES or bool(separator) != number.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no device; write one of {', '.join(DEVICES)}, or cuda:N")
     return text
+
+
+def place(text: str) -> str:
+    """Type of arguments that name where data lies: any text but none, as an unset variable of a shell gives it."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing; give a file, folder or pattern")
+    return text
+
+
+def bootstrap_samples(text: str) -> int:
+    """Type of --bootstrap: 0 for none, else 2 or more, since one sample has no interval."""
+    samples = whole_number(0, MOST_SAMPLES)(text)
+    if samples == 1:
+        raise argparse.ArgumentTypeError(f"{text!r} sample has no interval; write 0 for none, or 2 or more")
+    return samples
 
 
 def share(text: str) -> float:

@@ -18,6 +18,10 @@ ENCODER_PRECISIONS = ("auto", "fp32", "bf16")
 TEMPLATES = ("a satellite photo of {}.", "an aerial image of {}.", "an overhead view of {}.")
 """Captions of a scene class in zero-shot classification; {} is its name."""
 
+MOST_BATCH = 1_000_000
+MOST_MEMORY_MB = 1_000_000_000
+"""A petabyte; torch counts in 64 bits, and fails far beyond these without naming an option."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
@@ -33,10 +37,12 @@ class EvalOptions:
     """Progress bars on stderr, of rank 0 in a distributed run."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.workers < 0 or self.memory_mb < 1:
+        batch, memory = 1 <= self.batch_size <= MOST_BATCH, 1 <= self.memory_mb <= MOST_MEMORY_MB
+        if not batch or self.workers < 0 or not memory:
             raise ValueError(
                 f"batch_size {self.batch_size}, workers {self.workers}, memory_mb {self.memory_mb}: "
-                "expected at least 1, 0 and 1."
+                "expected at least 1, 0 and 1, "
+                f"and of the first at most {MOST_BATCH}, of the last {MOST_MEMORY_MB}."
             )
 
     @property

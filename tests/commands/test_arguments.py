@@ -59,10 +59,17 @@ codes = [main(arguments) for arguments in json.loads(sys.argv[1])]
 print(json.dumps([codes, sorted(name for name in {HEAVY} if name in sys.modules)]))
 """
 WRONG = [
-    ([*EVAL, "--batch-size", "0"], "argument --batch-size: '0' is not a whole number of at least 1"),
+    ([*EVAL, "--batch-size", "0"], "argument --batch-size: '0' is not a whole number from 1 to 1000000"),
+    ([*EVAL, "--batch-size", "1" + "0" * 30], "0' is not a whole number from 1 to 1000000"),
+    ([*EVAL, "--memory-mb", "1" + "0" * 30], "argument --memory-mb: '1000"),
+    ([*EVAL, "--bootstrap", "1"], "argument --bootstrap: '1' sample has no interval; write 0 for none, or 2 or more"),
+    ([*EVAL, "--bootstrap", "1" + "0" * 30], "0' is not a whole number from 0 to 1000000"),
+    (["eval", "m=w", "--shards", ""], "argument --shards: '' names nothing; give a file, folder or pattern"),
+    (["eval", "m=w", "--captions", " "], "argument --captions: ' ' names nothing"),
+    (["classify", "m=w", "--folder", ""], "argument --folder: '' names nothing"),
     ([*EVAL, "--workers", "-1"], "'-1' is not a whole number of at least 0"),
-    ([*EVAL, "--memory-mb", "much"], "'much' is not a whole number of at least 1"),
-    ([*EVAL, "--bootstrap", "-1"], "'-1' is not a whole number of at least 0"),
+    ([*EVAL, "--memory-mb", "much"], "'much' is not a whole number from 1 to 1000000000"),
+    ([*EVAL, "--bootstrap", "-1"], "'-1' is not a whole number from 0 to 1000000"),
     ([*EVAL, "--precision", "nope"], "invalid choice: 'nope' (choose from '?fp32'?, "),
     ([*EVAL, "--device", "gpu"], "'gpu' is no device; write one of cpu, cuda, mps, xpu, or cuda:N"),
     ([*EVAL, "--device", "cuda:"], "'cuda:' is no device"),
