@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -19,11 +18,12 @@ from torch import nn
 
 from ..data.checkpoint_files import is_whole
 from ..data.pixels import Preprocess
-from ..data.small_files import LARGEST_CONFIG, FileProblem, read_json, require_regular
+from ..data.small_files import FileProblem, require_regular
 from ..model.msaclip import DATE_PREFIXES, MSA_PREFIXES, MSACLIP
-from .foreign_code import ForeignCodeError, no_foreign_code, refuse_code, tokenizer_options
+from .foreign_code import ForeignCodeError, no_foreign_code, refuse_code
 from .run_parameters import model_options
 from .scorer import Scorer, Tokenizer
+from .tokenizers import configuration, load_tokenizer
 
 UNTRAINED = "untrained"
 """Given as the checkpoint, asks for random weights, to see what chance looks like."""
@@ -77,12 +77,14 @@ def load(
     name, pretrained = (spec, None) if towers_only and "=" not in spec else split_spec(spec)
     if precision not in PRECISIONS:
         raise ModelError(f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}.")
-    config = _configuration(name)
-    if not trust_remote_code:
-        try:
+    try:
+        config = configuration(name)
+        if not trust_remote_code:
             refuse_code(spec, config)
-        except ForeignCodeError as error:
-            raise ModelError(str(error)) from error
+    except FileProblem as error:
+        raise ModelError(f"{name}: {error}") from error
+    except ForeignCodeError as error:
+        raise ModelError(str(error)) from error
     if pretrained is not None and pretrained != UNTRAINED and os.path.exists(pretrained):
         _require_weights(spec, pretrained)
     as_trained = {**(model_options(pretrained, name) if pretrained else {}), **(options or {})}
@@ -97,11 +99,8 @@ def load(
                 device=device,
                 **as_trained,
             )
-            tokenizer = open_clip.get_tokenizer(
-                name,
-                context_length=as_trained.get("force_context_length"),
-                **tokenizer_options(config, trust=trust_remote_code),
-            )
+            length = as_trained.get("force_context_length")
+            tokenizer = load_tokenizer(name, length, trust_remote_code=trust_remote_code)
             if isinstance(model, MSACLIP) and pretrained not in (None, UNTRAINED) and not towers_only:
                 _require_trained_head(spec, str(pretrained), model)
     except ModelError:
@@ -136,25 +135,6 @@ def one_line(error: BaseException) -> str:
     """What an error says, on one line of bounded length."""
     text = " ".join(str(error).split()) or "no reason is given"
     return f"{type(error).__name__}: {text[:_LONGEST_REASON]}{' ...' if len(text) > _LONGEST_REASON else ''}"
-
-
-def _configuration(name: str) -> Mapping[str, Any]:
-    """What open_clip will build the model from; empty where none can be read, which open_clip reports next.
-
-    Raises:
-        ModelError: the file of a folder is a pipe, too large, or no JSON; the message names it.
-    """
-    try:
-        if name.startswith("local-dir:"):
-            config = read_json(Path(name.removeprefix("local-dir:")) / "open_clip_config.json", LARGEST_CONFIG)
-            found = config.get("model_cfg", config)
-        else:
-            found = open_clip.factory.get_model_config(name if name.startswith("hf-hub:") else name.replace("/", "-"))
-    except FileProblem as error:
-        raise ModelError(f"{name}: {error}") from error
-    except Exception:
-        return {}
-    return found if isinstance(found, Mapping) else {}
 
 
 # ---- weights

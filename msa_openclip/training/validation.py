@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
-from open_clip import get_tokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import nn
 
@@ -26,6 +25,7 @@ from ..evaluation.eval_set import EvalSet
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..evaluation.options import EvalOptions
 from ..evaluation.scorer import Scorer
+from ..evaluation.tokenizers import load_tokenizer
 from ..model.msaclip import MSACLIP
 from ..shards.output import printable
 
@@ -73,7 +73,7 @@ def retrieval_metrics(model: nn.Module, args: Any, tokenizer: Any = None) -> dic
         Scorer(inner, args.precision),
         _data(args),
         transform,
-        tokenizer or get_tokenizer(args.model),
+        tokenizer or load_tokenizer(args.model),
         EvalOptions(batch_size=args.batch_size, workers=args.workers),
         _peers(args),
     )

@@ -247,13 +247,16 @@ def _spread(lengths: Counter[int]) -> dict[str, Any]:
 
 
 def _token_counter(model: str) -> Callable[[list[str]], dict[str, Any]]:
+    # Only where tokens are asked for: what is above the builder, and torch.  Nothing there imports this room.
     import open_clip
+
+    from ...evaluation.tokenizers import load_tokenizer
 
     if ":" not in model and model not in open_clip.list_models():  # open_clip would take its default tokenizer instead
         close = ", ".join(get_close_matches(model, open_clip.list_models())) or "see open_clip.list_models()"
         raise ShardError(f"tokenizer: open_clip has no model {model!r}; {close}.")
     try:
-        tokenizer = open_clip.get_tokenizer(model)
+        tokenizer = load_tokenizer(model)
     except Exception as error:  # open_clip raises whatever its configs and hubs do
         raise ShardError(f"tokenizer: open_clip has none for {model!r} ({error}).") from error
     context = int(tokenizer.context_length)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.pages import assert_stands_alone
 from helpers.shards_data import karpathy, real_data
+from helpers.trapped_models import local_dir
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -149,6 +150,13 @@ def test_token_lengths_are_those_of_the_models_tokenizer(shards: str) -> None:
     assert (row["context_length"], row["cut_off_share"]) == (77, 0.0)
     with pytest.raises(ShardError, match=r"open_clip has no model 'ViT-B32'; .*ViT-B-32"):
         report([shards], tokenizer="ViT-B32")
+
+
+def test_a_tokenizer_that_brings_code_does_not_run_it(shards: str, tmp_path: Path, tiny_bert: Path) -> None:
+    spec = local_dir(tmp_path / "model", tiny_bert, tmp_path / "trap", "tokenizer", plain=True, trust_remote_code=True)
+    with pytest.raises(ShardError, match=r"text_cfg\.tokenizer_kwargs\.trust_remote_code, which would run"):
+        report([shards], tokenizer=spec)
+    assert not (tmp_path / "trap").exists()
 
 
 def test_captions_beyond_the_context_are_counted_as_cut_off(tmp_path: Path) -> None:

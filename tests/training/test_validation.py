@@ -22,12 +22,14 @@ import torch.distributed as dist
 import torch.multiprocessing
 from helpers.host import HAS_TASKS, make_batch, trained
 from helpers.retrieval_data import Oracle, Tokenizer, randomise, write_captioned_scenes, write_shards
+from helpers.trapped_models import local_dir
 
 from msa_openclip.data.captioned import EvalDataError
 from msa_openclip.data.readers import read_shards
 from msa_openclip.distributed import PeerError, Peers, failing_together
 from msa_openclip.evaluation.eval_set import EvalSet
 from msa_openclip.evaluation.evaluate import evaluate
+from msa_openclip.evaluation.foreign_code import ForeignCodeError
 from msa_openclip.evaluation.scorer import Scorer
 from msa_openclip.plugin.installed import installed
 from msa_openclip.training import validation as train_evaluation
@@ -308,6 +310,16 @@ def test_validation_costs_no_checkpoint(
     monkeypatch.setattr(open_clip_train.train, "get_clip_metrics", lambda *_, **__: {})
     open_clip_train.train.evaluate(model, data, 1, args, tokenizer=tokenizer)
     assert "No retrieval metrics of this epoch; training goes on." in caplog.text
+
+
+def test_a_plain_models_tokenizer_runs_no_code_of_its_folder(
+    shards: dict[str, str], tmp_path: Path, tiny_bert: Path
+) -> None:
+    spec = local_dir(tmp_path / "model", tiny_bert, tmp_path / "trap", "tokenizer", plain=True, trust_remote_code=True)
+    given = arguments(shards["pair"], tmp_path, model=spec)
+    with pytest.raises(ForeignCodeError, match=r"text_cfg\.tokenizer_kwargs\.trust_remote_code"):
+        train_evaluation.retrieval_metrics(NamedOracle(constant=True), given)
+    assert not (tmp_path / "trap").exists()
 
 
 def test_bad_validation_data_is_refused_before_training(shards: dict[str, str], tmp_path: Path) -> None:
