@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 from .. import manifest
 from ..options import BuildOptions
@@ -133,23 +134,26 @@ class BuildFolder:
         ):
             store.remove(store.join(self.url, name))
         self.remove_half_written()
-        self._forget()
+        self._forget(earlier)
 
     def _of_earlier_builds(self) -> set[str]:
-        """Names of what builds have made here: what a manifest lists, and all shards where one has not finished.
+        """Names of what builds have made here: what a manifest lists, and the shards of one that has not finished.
 
-        A build begins in a folder without shards of its name, so those that lie there before its end are its own.
+        A build begins in a folder without shards of its name, so those of its name that lie there before its end are
+        its own; others, of the name that is asked for now, are not. Where its note is damaged, only the shards that
+        it noted as finished are known to be its own.
 
         Raises:
             ShardError: manifest.json is somebody else's, or no JSON at all.
         """
         made: set[str] = set()
-        unfinished = self._unfinished(damaged={"options": {}})
+        unfinished = self._unfinished(damaged={})
+        if unfinished:
+            prefix = unfinished["options"]["name"]
+            made.update(name for name in store.names(self.url) if _is_shard_of(prefix, name))
         if unfinished is not None:
-            prefixes = {str(unfinished["options"].get("name", "")), self._options.name}
-            made.update(
-                name for name in store.names(self.url) if any(_is_shard_of(prefix, name) for prefix in prefixes)
-            )
+            notes = (name.removesuffix(".json") for name in store.names(self._state) if name.endswith(".json"))
+            made.update(name for name in notes if _SHARD.fullmatch(name))
             made.update(manifest.FILES)
         if store.exists(store.join(self.url, "manifest.json")):
             try:
@@ -169,8 +173,9 @@ class BuildFolder:
             return None
         try:
             content = json_text.parse(store.read_bytes(url), url)
-            if isinstance(content, dict) and isinstance(content.get("options"), dict) and "fingerprint" in content:
-                return content
+            options = content.get("options") if isinstance(content, dict) and "fingerprint" in content else None
+            if isinstance(options, dict) and isinstance(options.get("name"), str):
+                return cast(dict[str, Any], content)
         except ShardError:
             pass
         if damaged is None:
@@ -202,10 +207,11 @@ class BuildFolder:
         except (ShardError, ValueError, TypeError, KeyError, AttributeError):
             return None
 
-    def _forget(self) -> None:
-        """Remove the notes."""
+    def _forget(self, earlier: Collection[str] = ()) -> None:
+        """Remove the notes, those of the shards of `earlier` builds, too."""
         for name in store.names(self._state):
-            if name == "state.json" or self._is_shard(name.removesuffix(".json")):
+            shard = name.removesuffix(".json")
+            if name == "state.json" or shard in earlier or self._is_shard(shard):
                 store.remove(store.join(self._state, name))
         store.remove_empty_folder(self._state)
 
@@ -222,6 +228,9 @@ class BuildFolder:
         now = json.loads(json.dumps(self._options.to_dict()))
         changed = [name for name, value in now.items() if before.get(name) != value]
         return f"changed: {', '.join(changed)}" if changed else "the input changed"
+
+
+_SHARD = re.compile(rf"(.+-)?({'|'.join(SPLITS)})-\d{{6}}\.tar")
 
 
 def _is_shard_of(prefix: str, name: str) -> bool:

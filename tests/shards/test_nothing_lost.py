@@ -91,14 +91,14 @@ def test_an_unfinished_build_is_no_source(tmp_path: Path, source: Path) -> None:
 # Users' files.
 
 
-def interrupted_build(source: Path, out: Path) -> None:
+def interrupted_build(source: Path, out: Path, options: BuildOptions = OPTIONS) -> None:
     """A build that a broken image has ended after some shards; the image is whole again."""
     victim = source.parent / "images/17.jpg"
     data, times = victim.read_bytes(), victim.stat()
     kept = victim.rename(victim.with_suffix(".kept"))
     victim.write_bytes(b"broken")
     with pytest.raises(ShardError, match="not an image"):
-        run_build(source, out, strict=True)
+        run_build(source, out, strict=True, options=options)
     victim.unlink()
     kept.rename(victim)
     assert (victim.read_bytes(), victim.stat().st_mtime_ns) == (data, times.st_mtime_ns)
@@ -176,6 +176,28 @@ def test_shards_that_no_build_made_are_not_overwritten(name: str, built: bool, t
     (out / name).unlink()
     run_build(source, out, overwrite=True, options=BuildOptions(shards=2))
     assert verify(str(out)).ok
+
+
+@pytest.mark.parametrize("note", ["whole", "damaged"])
+def test_an_unfinished_build_of_another_name_owns_no_shards_of_this_one(
+    note: str, tmp_path: Path, source: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "train-000000.tar").write_bytes(b"mine")
+    interrupted_build(source, out, options=BuildOptions(shards=4, name="a"))
+    if note == "damaged":
+        (out / ".build/state.json").write_bytes(b"{")
+    (out / "state").write_text("mine")
+    before = shard_bytes(out)
+    with pytest.raises(ShardError, match=r"train-000000.tar: stands where this build would write.* It is left alone"):
+        run_build(source, out, overwrite=True)
+    assert shard_bytes(out) == before
+    (out / "train-000000.tar").unlink()
+    run_build(source, out, overwrite=True)
+    assert sorted(shard_bytes(out)) == [f"train-{number:06d}.tar" for number in range(4)]
+    assert (out / "state").exists()
+    assert not (out / ".build").exists()
 
 
 @pytest.mark.parametrize("stop", [1, 4, 6])
