@@ -82,18 +82,38 @@ def read(folder: str) -> dict[str, Any]:
 
 
 def listed(folder: str) -> set[str]:
-    """Names of the shards of a finished build, also where its manifest is damaged: sizes.json has them, too.
+    """Names of the shards of a finished build.
+
+    Where the manifest's own list is damaged, what sizes.json lists under the name of the build counts, too: sizes.json
+    is open_clip's, and may list shards of others.
 
     Raises:
         ShardError: there is no manifest, or it is no JSON.
         ForeignManifest: it is no manifest of ours.
     """
-    rows = _unchecked(folder).get("shards")
-    names = [row.get("file") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    with suppress(ShardError, OSError):
-        sizes = json_text.parse(store.read_bytes(store.join(folder, "sizes.json")), "sizes.json")
-        names += sizes if isinstance(sizes, dict) else []
-    return {name for name in names if isinstance(name, str) and _FILE.fullmatch(name)}
+    content = _unchecked(folder)
+    rows, options = content.get("shards"), content.get("options")
+    files = [row.get("file") if isinstance(row, dict) else None for row in rows] if isinstance(rows, list) else [None]
+    names = {file for file in files if isinstance(file, str) and _FILE.fullmatch(file)}
+    prefix = options.get("name") if isinstance(options, dict) else None
+    if len(names) < len(files) and isinstance(prefix, str):
+        with suppress(ShardError, OSError):
+            sizes = json_text.parse(store.read_bytes(store.join(folder, "sizes.json")), "sizes.json")
+            names |= {name for name in sizes if is_shard_of(prefix, name)} if isinstance(sizes, dict) else set()
+    return names
+
+
+def is_shard(name: str) -> bool:
+    """True for the name of a shard of some build."""
+    return re.fullmatch(rf"(.+-)?({'|'.join(SPLITS)})-\d{{6}}\.tar", name) is not None
+
+
+def is_shard_of(prefix: str, name: str) -> bool:
+    """True for the name of a shard of a build of the name `prefix`, which may be empty."""
+    before = f"{prefix}-" if prefix else ""
+    return (
+        name.startswith(before) and re.fullmatch(rf"({'|'.join(SPLITS)})-\d{{6}}\.tar", name[len(before) :]) is not None
+    )
 
 
 def _unchecked(folder: str) -> dict[str, Any]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection
 from contextlib import suppress
 from typing import Any, cast
 
 from .. import manifest
 from ..options import BuildOptions
-from ..records import SPLITS, Rejection, ShardError
+from ..records import Rejection, ShardError
 from ..storage import json_text, sources, store
 from .plan import Plan
 from .writer import ShardResult
@@ -150,10 +149,10 @@ class BuildFolder:
         unfinished = self._unfinished(damaged={})
         if unfinished:
             prefix = unfinished["options"]["name"]
-            made.update(name for name in store.names(self.url) if _is_shard_of(prefix, name))
+            made.update(name for name in store.names(self.url) if manifest.is_shard_of(prefix, name))
         if unfinished is not None:
             notes = (name.removesuffix(".json") for name in store.names(self._state) if name.endswith(".json"))
-            made.update(name for name in notes if _SHARD.fullmatch(name))
+            made.update(name for name in notes if manifest.is_shard(name))
             made.update(manifest.FILES)
         if store.exists(store.join(self.url, "manifest.json")):
             try:
@@ -219,7 +218,7 @@ class BuildFolder:
         return store.join(self._state, f"{file}.json")
 
     def _is_shard(self, name: str) -> bool:
-        return _is_shard_of(self._options.name, name)
+        return manifest.is_shard_of(self._options.name, name)
 
     def _is_own(self, name: str) -> bool:
         return name in (*manifest.FILES, "state.json") or self._is_shard(name.removesuffix(".json"))
@@ -228,11 +227,3 @@ class BuildFolder:
         now = json.loads(json.dumps(self._options.to_dict()))
         changed = [name for name, value in now.items() if before.get(name) != value]
         return f"changed: {', '.join(changed)}" if changed else "the input changed"
-
-
-_SHARD = re.compile(rf"(.+-)?({'|'.join(SPLITS)})-\d{{6}}\.tar")
-
-
-def _is_shard_of(prefix: str, name: str) -> bool:
-    before = re.escape(f"{prefix}-") if prefix else ""
-    return re.fullmatch(rf"{before}({'|'.join(SPLITS)})-\d{{6}}\.tar", name) is not None

@@ -178,6 +178,23 @@ def test_shards_that_no_build_made_are_not_overwritten(name: str, built: bool, t
     assert verify(str(out)).ok
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_overwriting_keeps_tars_that_only_sizes_json_lists(damaged: bool, tmp_path: Path, source: Path) -> None:
+    """A list of sizes may name shards of the user's own, for open_clip to read."""
+    out = tmp_path / "out"
+    run_build(source, out)
+    for name in ("extra-000000.tar", "mine-train-000000.tar"):
+        (out / name).write_bytes(b"mine")
+    sizes = json.loads((out / "sizes.json").read_text()) | {"extra-000000.tar": 3, "mine-train-000000.tar": 3}
+    (out / "sizes.json").write_text(json.dumps(sizes))
+    if damaged:
+        content = json.loads((out / "manifest.json").read_text())
+        (out / "manifest.json").write_text(json.dumps(content | {"shards": [*content["shards"][:1], None]}))
+    run_build(source, out, overwrite=True, options=BuildOptions(shards=2))
+    kept = ["extra-000000.tar", "mine-train-000000.tar"]
+    assert sorted(shard_bytes(out)) == [*kept, "train-000000.tar", "train-000001.tar"]
+
+
 @pytest.mark.parametrize("note", ["whole", "damaged"])
 def test_an_unfinished_build_of_another_name_owns_no_shards_of_this_one(
     note: str, tmp_path: Path, source: Path
