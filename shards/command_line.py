@@ -99,6 +99,11 @@ def _run_build(parsed: argparse.Namespace, read: ReadOptions) -> None:
     options = option_values(parsed, BuildOptions, read=read, image=option_values(parsed, ImageOptions))
     from .building.build import build
 
+    wants_report = parsed.report and not parsed.dry_run
+    if wants_report:
+        from .checks import beside
+
+        beside.require_ours(parsed.out)
     summary = build(
         parsed.captions,
         parsed.out,
@@ -113,13 +118,8 @@ def _run_build(parsed: argparse.Namespace, read: ReadOptions) -> None:
         progress=parsed.progress,
     )
     print(printable_lines(summary.text()))
-    if parsed.report and not parsed.dry_run:
-        from .checks import report, report_page
-        from .storage import store
-
-        made = report.report([parsed.out])
-        store.write_text(store.join(parsed.out, "report.json"), made.json())
-        store.write_text(store.join(parsed.out, "report.html"), report_page.page(made))
+    if wants_report:
+        beside.write(parsed.out)
 
 
 def _add_reshard(commands: Commands) -> None:

@@ -25,6 +25,8 @@ FORMAT = 1
 STATE = ".build"
 """Folder inside, for as long as the build is unfinished."""
 FILES = ("manifest.json", "sizes.json", "rejected.jsonl")
+REPORTS = ("report.json", "report.html")
+"""What `build --report` writes, too."""
 
 
 def fingerprint(options: BuildOptions, plan_digest: str) -> str:

@@ -139,8 +139,8 @@ def _require_apart(captions: str, kind: str, out: str) -> None:
     if kind == "tar":
         inside = next((place for place in tar_files.places(captions) if store.overlap(place, out)), None)
     else:
-        written = () if store.is_folder(captions) else [store.join(out, name) for name in manifest.FILES]
-        inside = next((captions for url in written if store.overlap(captions, url)), None)
+        names = () if store.is_folder(captions) else (*manifest.FILES, *manifest.REPORTS)
+        inside = next((captions for name in names if store.overlap(captions, store.join(out, name))), None)
     if inside is not None:
         raise ShardError(
             f"{out}: the target and the source {inside} are one, or one lies inside the other, and the source would"

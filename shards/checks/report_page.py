@@ -10,6 +10,8 @@ from ..pages.plots import Line, colour, line_plot
 from ..pages.render import jpeg_url, render
 from .report import Report, Seen, warnings
 
+TITLE = "Shards: "
+"""Begins the titles of these pages, by which they are known."""
 _THUMBNAIL_PX = 320
 
 
@@ -24,7 +26,7 @@ def page(report: Report) -> str:
     titles = {"same_images": "The same image twice (checksum)", "look_alikes": "Look-alikes (hash)"}
     return render(
         "shards.html",
-        title=f"Shards: {', '.join(content['folders'])}",
+        title=f"{TITLE}{', '.join(content['folders'])}",
         splits=splits,
         lines=_lines(splits, "caption_words"),
         plots=list(_plots(splits)),

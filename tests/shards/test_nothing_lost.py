@@ -74,12 +74,31 @@ def test_tars_beside_the_target_may_be_its_source(tmp_path: Path, source: Path) 
     assert shard_bytes(tmp_path / "x/new") == shard_bytes(tmp_path / "x")
 
 
-def test_captions_that_the_build_would_overwrite_are_refused(tmp_path: Path, source: Path) -> None:
-    captions = source.rename(source.with_name("manifest.json"))
+@pytest.mark.parametrize("name", ["manifest.json", "report.json"])
+def test_captions_that_the_build_would_overwrite_are_refused(tmp_path: Path, source: Path, name: str) -> None:
+    captions = source.rename(source.with_name(name))
     before = captions.read_bytes()
     with pytest.raises(ShardError, match="the source would be overwritten"):
         run_build(captions, captions.parent, overwrite=True)
     assert captions.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.html"])
+def test_a_report_replaces_reports_only(
+    name: str, tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib (extra plot) is not installed")
+    report = tmp_path / "out" / name
+    report.parent.mkdir()
+    report.write_text("{}")
+    arguments = ["build", str(source), str(tmp_path / "out"), "--images", str(source.parent / "images"), "--report",
+                 "--workers", "1", "--quiet"]  # fmt: skip
+    assert main(arguments) == 1
+    assert f"{report}: is no report of shards, and --report would overwrite it" in capsys.readouterr().err
+    assert [path.name for path in report.parent.iterdir()] == [name]
+    report.unlink()
+    assert [main(arguments), main(arguments)] == [0, 0]
+    assert report.stat().st_size > 100
 
 
 def test_an_unfinished_build_is_no_source(tmp_path: Path, source: Path) -> None:
