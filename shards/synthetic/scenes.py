@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..records import SPLITS, ShardError
+from ..storage import store
 from .built import airport, intersection, parking, residential, sports_ground, storage_tanks
 from .changes import MOST_DATES, change
 from .country import beach, farmland, forest, harbor, river
@@ -73,7 +74,7 @@ def synthesize(
         The path of captions.json.
     Raises:
         ShardError: an unknown split, nothing to draw, a size below 32 pixels, where nothing can be told apart, more
-            than MOST_DATES dates, or a caption file in `folder` that is no synthetic one.
+            than MOST_DATES dates, or files in `folder` that would be overwritten and are of no synthetic scenes.
     """
     unknown = set(counts) - set(SPLITS)
     if unknown or not sum(counts.values()) or min(counts.values()) < 0:
@@ -82,35 +83,58 @@ def synthesize(
         raise ShardError(f"size_px: {size_px} is below 32, where the small things vanish.")
     if not 1 <= dates <= MOST_DATES:
         raise ShardError(f"dates: {dates} is not within 1 to {MOST_DATES}.")
-    path = Path(folder) / "captions.json"
-    if path.exists() and _NAME not in path.read_text(encoding="utf-8", errors="replace"):
-        raise ShardError(f"{path}: is not of synthetic scenes and stays. Choose another folder.")
-    images = Path(folder) / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    rows = []
+    path, images = Path(folder) / "captions.json", Path(folder) / "images"
     jobs = [(split, index) for split in SPLITS for index in range(counts.get(split, 0))]
+    _require_ours(path, (images / name for split, index in jobs for name in _names(split, index, dates)))
+    images.mkdir(parents=True, exist_ok=True)
+    if not path.exists():  # so that what a kill leaves is known to be ours
+        _write(path, [])
+    rows = []
     for split, index in tqdm(jobs, desc="drawing", unit=" scenes", disable=not progress):
         pictures, row = _drawn(index, seed, split, size_px, dates)
         for name, image in pictures.items():
             image.save(images / name, quality=93)
         rows.append(row)
-    path.write_text(json.dumps({"dataset": _NAME, "images": rows}), encoding="utf-8")
+    _write(path, rows)
     return str(path)
+
+
+def _require_ours(captions: Path, images: Iterable[Path]) -> None:
+    """Raise ShardError for files of others that would be overwritten; beside our caption file images are ours."""
+    if captions.exists():
+        theirs = None if _NAME in captions.read_text(encoding="utf-8", errors="replace") else captions
+    else:
+        theirs = next((image for image in images if image.exists()), None)
+    if theirs is not None:
+        raise ShardError(f"{theirs}: is not of synthetic scenes and stays. Choose another folder.")
+
+
+def _write(captions: Path, rows: list[dict[str, Any]]) -> None:
+    store.write_text(str(captions), json.dumps({"dataset": _NAME, "images": rows}))
+
+
+def _names(split: str, index: int, dates: int) -> list[str]:
+    """The files of the pictures of a scene, in order of date."""
+    stem = f"{split}_{index:06d}"
+    return [f"{stem}.jpg"] if dates == 1 else [f"{stem}_{year}.jpg" for year in _years(dates)]
+
+
+def _years(dates: int) -> list[str]:
+    return [str(2000 + date) for date in range(dates)]
 
 
 def _drawn(
     index: int, seed: int, split: str, size_px: int, dates: int
 ) -> tuple[dict[str, Image.Image], dict[str, Any]]:
     """The pictures of a scene by file name, and its row of the caption file."""
-    stem = f"{split}_{index:06d}"
+    names = _names(split, index, dates)
     if dates == 1:
         image, label, captions = scene(index, seed=seed, split=split, size_px=size_px)
-        pictures, files = {f"{stem}.jpg": image}, {"filename": f"images/{stem}.jpg"}
+        pictures, files = {names[0]: image}, {"filename": f"images/{names[0]}"}
         return pictures, {**files, "split": split, "class": label, "sentences": _sentences(captions)}
     taken, label, captions = change(index, dates=dates, seed=seed, split=split, size_px=size_px)
-    years = [str(2000 + date) for date in range(dates)]
-    pictures = {f"{stem}_{year}.jpg": image for year, image in zip(years, taken, strict=True)}
-    listed = {"filenames": [f"images/{name}" for name in pictures], "dates": years}
+    pictures = dict(zip(names, taken, strict=True))
+    listed = {"filenames": [f"images/{name}" for name in names], "dates": _years(dates)}
     return pictures, {**listed, "split": split, "class": label, "sentences": _sentences(captions)}
 
 

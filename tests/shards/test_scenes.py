@@ -6,6 +6,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 
 from msa_openclip.shards import ShardError
 from msa_openclip.shards.command_line import main
+from msa_openclip.shards.synthetic import scenes
 from msa_openclip.shards.synthetic.scenes import CLASSES, scene, synthesize
 
 
@@ -36,10 +38,10 @@ def test_every_class_draws_at_any_size(size_px: int) -> None:
 
 
 def test_captions_tell_scenes_apart() -> None:
-    scenes = [scene(index, size_px=32) for index in range(40 * len(CLASSES))]
-    assert all(len(drawn.captions) == 5 for drawn in scenes)
-    assert all(re.fullmatch(r"[A-Z][a-z ,]+\.", caption) for drawn in scenes for caption in drawn.captions)
-    whole = [drawn.captions[4] for drawn in scenes]  # the caption that names large, middle and small
+    drawn_scenes = [scene(index, size_px=32) for index in range(40 * len(CLASSES))]
+    assert all(len(drawn.captions) == 5 for drawn in drawn_scenes)
+    assert all(re.fullmatch(r"[A-Z][a-z ,]+\.", caption) for drawn in drawn_scenes for caption in drawn.captions)
+    whole = [drawn.captions[4] for drawn in drawn_scenes]  # the caption that names large, middle and small
     assert len(set(whole)) > 0.98 * len(whole)
 
 
@@ -82,6 +84,33 @@ def test_synthesize_writes_what_build_reads_and_shards_directly(tmp_path: Path) 
     assert Image.open(io.BytesIO(data)).size == (32, 32)
     metadata = json.loads(tar_members(tmp_path / "b/val-000000.tar")[2][1])
     assert metadata["class"] in CLASSES
+
+
+@pytest.mark.parametrize(("dates", "name"), [(1, "val_000000.jpg"), (2, "val_000000_2001.jpg")])
+def test_images_of_others_are_not_overwritten(tmp_path: Path, dates: int, name: str) -> None:
+    theirs = tmp_path / "images" / name
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"mine")
+    with pytest.raises(ShardError, match=rf"{name}: is not of synthetic scenes and stays"):
+        synthesize(str(tmp_path), {"train": 2, "val": 1}, size_px=32, dates=dates)
+    assert [path.name for path in tmp_path.rglob("*")] == ["images", name]
+    assert theirs.read_bytes() == b"mine"
+
+
+def test_scenes_that_a_kill_left_are_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = scenes._drawn
+
+    def killed(index: int, *arguments: Any) -> Any:
+        if index:
+            raise KeyboardInterrupt
+        return drawn(index, *arguments)
+
+    monkeypatch.setattr(scenes, "_drawn", killed)
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(str(tmp_path), {"train": 2}, size_px=32)
+    monkeypatch.undo()
+    assert (tmp_path / "images/train_000000.jpg").exists()
+    assert len(json.loads(Path(synthesize(str(tmp_path), {"train": 2}, size_px=32)).read_text())["images"]) == 2
 
 
 def test_bad_requests_are_refused(tmp_path: Path) -> None:
