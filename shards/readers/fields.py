@@ -134,14 +134,15 @@ def encodable(*texts: str | None) -> bool:
 
 
 def _json_list(text: str) -> list[Any] | None:
-    """A cell such as ["a lake", "a pond"]; None for all other text."""
+    """A cell such as ["a lake", null]; None for all other text, also for a list of anything else, [1, 2] say."""
     if not (text.startswith("[") and text.endswith("]")):
         return None
     try:
         content = json_text.parse(text, "")
     except json_text.JsonError:
         return None
-    return content if isinstance(content, list) else None
+    listed = isinstance(content, list) and all(isinstance(part, str) or is_missing(part) for part in content)
+    return content if listed else None
 
 
 _NAMES: Mapping[type, str] = {str: "text", int: "a number", list: "a list", dict: "an object"}

@@ -99,10 +99,8 @@ def _entry(
     try:
         texts = [_text(file, by_extension[name]) for name in options.caption_columns or _TEXTS if name in by_extension]
         metadata = read_metadata(file, by_extension.get("json"))
-        captions = _lines(texts[0]) if texts else []
-        for name in options.caption_columns or _CAPTION_KEYS:
-            captions = captions or fields.captions(metadata.get(name), name)
         ours = "image_id" in metadata and "sha256" in metadata
+        captions = _captions(texts[:1], metadata, options.caption_columns, ours=ours)
         pair = ours and "caption_index" in metadata
         index = fields.typed(metadata["caption_index"], int, "caption_index") if pair else None
         name = fields.label(metadata.get("image_id"), "image_id") or key
@@ -138,13 +136,35 @@ def _text(file: IO[bytes], member: Member) -> str:
         raise ShardError(f"{member.name}: not UTF-8 ({error}).") from error
 
 
+def _captions(texts: list[str], metadata: dict[str, Any], asked: tuple[str, ...], *, ours: bool) -> list[str]:
+    """The captions of a sample, of its text if it has one, else of its JSON.
+
+    Those of our own samples are taken as they stand in the list of the JSON: a caption in quotes or brackets is no
+    JSON text, as it may be in tars of others.
+    """
+    if ours and not asked and isinstance(metadata.get("captions"), list):
+        return fields.captions(metadata["captions"], "captions")
+    captions = [caption for text in texts for caption in (_split(text) if ours else _lines(text))]
+    for name in asked or _CAPTION_KEYS:
+        captions = captions or fields.captions(metadata.get(name), name)
+    return captions
+
+
 def _lines(text: str) -> list[str]:
     """Captions, a line each, or a JSON string or list of strings."""
-    if text[:1] in ("[", '"'):
+    if text[:1] == '"':
         try:
             return fields.captions(json_text.parse(text, ""), "captions")
         except json_text.JsonError:
-            return text.split("\n")
+            return _split(text)
+    if text[:1] == "[":
+        listed = fields.captions(text.strip(), "captions")
+        if listed != [text.strip()]:  # else it is a caption that begins with a bracket
+            return listed
+    return _split(text)
+
+
+def _split(text: str) -> list[str]:
     return text.rstrip("\n").split("\n")
 
 

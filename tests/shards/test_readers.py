@@ -189,6 +189,33 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
+ODD = ('"runway"', '["x", "y"]', "[1]", r'"\u0041 b"', '["z"]', "plain")
+
+
+@pytest.mark.parametrize("layout", ["image", "pair"])
+def test_captions_in_quotes_and_brackets_are_resharded_as_they_are(tmp_path: Path, layout: str) -> None:
+    rows = [{"filename": f"{number}.jpg", "split": "train", "sentences": [{"raw": caption}, {"raw": "second"}]}
+            for number, caption in enumerate(ODD)]  # fmt: skip
+    save_pictures(tmp_path, [row["filename"] for row in rows])
+    (tmp_path / "c.json").write_text(json.dumps({"images": rows}))
+    first, again = tmp_path / "first", tmp_path / "again"
+    build(str(tmp_path / "c.json"), str(first), options=BuildOptions(shards=1, layout=layout))
+    build(str(first), str(again), options=BuildOptions(shards=1))
+    assert built_captions(again) == {str(number): (caption, "second") for number, caption in enumerate(ODD)}
+
+
+def test_captions_of_other_tars_may_be_json(tmp_path: Path) -> None:
+    texts = ['"a lake"', '["a", null, "b"]', "[1, 2]\n[sic]\n", '["c"]\n', '"d" and\ne']
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for number, text in enumerate(texts):
+            add(tar, f"{number}.jpg", picture_bytes(number))
+            add(tar, f"{number}.txt", text.encode())
+    build(str(tmp_path / "00000.tar"), str(tmp_path / "out"))
+    assert built_captions(tmp_path / "out") == {
+        "0": ("a lake",), "1": ("a", "b"), "2": ("[1, 2]", "[sic]"), "3": ("c",), "4": ('"d" and', "e"),
+    }  # fmt: skip
+
+
 def test_rs5m_like_tars(tmp_path: Path) -> None:
     for shard in range(2):
         with tarfile.open(tmp_path / f"pub11-train-{shard:04d}.tar", "w") as tar:
