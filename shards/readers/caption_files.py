@@ -108,13 +108,16 @@ def read_precomp(folder: str, options: ReadOptions) -> Iterator[Entry | Rejectio
         split = name.removesuffix("_caps.txt")
         captions = _lines(store.join(folder, name))
         files = _lines(store.join(folder, f"{split}_filename.txt"))
+        while len(files) > 1 and not files[-1]:
+            files.pop()  # no image has a blank name, but an image's captions may be blank
         for file, texts in _grouped(files, captions, store.join(folder, name)):
             yield Entry(file, tuple(texts), split=split)
 
 
 def _lines(url: str) -> list[str]:
+    """The lines of a file, blank ones at its end, too: they count when captions are shared among images."""
     text = fields.decoded(store.read_bytes(url), url)
-    return [line.rstrip("\r") for line in text.rstrip("\n").split("\n")]
+    return [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def _grouped(files: list[str], captions: list[str], where: str) -> Iterator[tuple[str, list[str]]]:
