@@ -129,12 +129,13 @@ def class_words(name: str) -> str:
 
 
 def sample_key(image_id: str) -> str:
-    """A WebDataset key for an image id: ASCII, free of dots (they would start the extension), one to one.
+    """A WebDataset key for an image id: ASCII, free of dots (they would start the extension), never empty.
 
+    One to one but for slashes: `/a//b` has the key of `a/b`, and `intake.to_records` rejects the second of the two.
     `+` never comes out of the quoting and so is free to number the captions of the `pair` layout.
     """
     parts = [quote(part, safe="").replace(".", "%2E") for part in image_id.split("/") if part]
-    key = "/".join(parts)
+    key = "/".join(parts) or quote("/", safe="")
     if len(key) <= KEY_LIMIT:
         return key
     from hashlib import sha256

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 from ..imagery.prepare import EXTENSIONS
 from ..options import ReadOptions
-from ..records import SPLITS, Entry, Location, Record, Rejection, clean_caption
+from ..records import SPLITS, Entry, Location, Record, Rejection, clean_caption, sample_key
 from ..storage import store
 from . import fields
 
@@ -93,9 +93,9 @@ def to_records(
             yield Rejection(name, "unknown split", f"{split!r}; rename it with --split-map {split}=train")
             continue
         identity = entry.image_id or _stem(name)
-        digest = blake2b(identity.encode(), digest_size=8).digest()
+        digest = blake2b(sample_key(identity).encode(), digest_size=8).digest()
         if digest in seen:
-            yield Rejection(name, "duplicate key", f"{identity!r} in {split} came before in {seen[digest]}")
+            yield Rejection(name, "duplicate key", f"the key of {identity!r} in {split} came before in {seen[digest]}")
             continue
         captions, problems = _clean(entry.captions, name)
         yield from problems

@@ -23,7 +23,7 @@ from msa_openclip.shards import BuildOptions, ImageOptions, ShardError, build
 from msa_openclip.shards.building.plan import Plan
 from msa_openclip.shards.building.writer import ShardJob, write_shard
 from msa_openclip.shards.readers import fields, intake
-from msa_openclip.shards.records import Entry, Location
+from msa_openclip.shards.records import Entry, Location, Record, sample_key
 
 COUNTS = {"train": 23, "val": 5, "test": 3}
 
@@ -265,7 +265,9 @@ NAMES = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_
 @settings(max_examples=25, deadline=None)
 @example({"0": ["null", "a null"]})
 @given(
-    st.dictionaries(NAMES.filter(lambda name: name.strip("/")), st.lists(st.text(max_size=40), max_size=4), max_size=6)
+    st.dictionaries(NAMES, st.lists(st.text(max_size=40), max_size=4), max_size=6).filter(
+        lambda sources: len(set(map(sample_key, sources))) == len(sources)
+    )
 )
 def test_any_name_and_caption_arrives_through_webdataset(sources: dict[str, list[str]]) -> None:
     entries = [
@@ -284,3 +286,12 @@ def test_any_name_and_caption_arrives_through_webdataset(sources: dict[str, list
                 assert sample["json"]["captions"] == [sample["txt"]]
                 found[sample["json"]["image_id"], sample["txt"]] += 1
         assert found == expected
+
+
+def test_names_that_differ_in_slashes_alone_share_no_key() -> None:
+    names = ["a/b", "a//b", "/a/b/", "/", "//", "a/c"]
+    entries = [Entry(Location("memory://any/0.jpg"), ("a lake",), image_id=name) for name in names]
+    found = list(intake.to_records(entries, "", BuildOptions().read, 0))
+    assert [row.image_id for row in found if isinstance(row, Record)] == ["a/b", "/", "a/c"]
+    assert [row.reason for row in found if not isinstance(row, Record)] == ["duplicate key"] * 3
+    assert "the key of 'a//b' in train came before in train" in found[1].detail  # type: ignore[union-attr]
