@@ -32,11 +32,14 @@ def read_tar(pattern: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
     """
     pairs: dict[str, dict[int, Entry]] = {}
     sources = pattern.split("::")
-    for prefix, url in ((f"{_name_of(source)}/", url) for source in sources for url in expand(source)):
+    prefixes = _prefixes(sources) if len(sources) > 1 else [""]
+    for prefix, url in (
+        (prefix, url) for prefix, source in zip(prefixes, sources, strict=True) for url in expand(source)
+    ):
         with store.open_read(url) as file:
             try:
                 for key, members in samples(file):
-                    entry, index = _entry(url, file, key, members, options, prefix if len(sources) > 1 else "")
+                    entry, index = _entry(url, file, key, members, options, prefix)
                     if isinstance(entry, Rejection) or index is None:
                         yield entry
                     elif index in (group := pairs.setdefault(entry.image_id or key, {})):
@@ -168,9 +171,20 @@ def _split(text: str) -> list[str]:
     return text.rstrip("\n").split("\n")
 
 
-def _name_of(part: str) -> str:
-    """`ucm` for the folder data/ucm and for data/ucm/train-{000..007}.tar; the folder name tells data sets apart."""
-    return store.base_name(store.parent(part) if part.endswith(".tar") else part)
+def _prefixes(sources: list[str]) -> list[str]:
+    """`ucm/` for the folder data/ucm and for data/ucm/train-{000..007}.tar: the folder's name tells data sets apart.
+
+    Of several folders of one name the second is `ucm-2/`, and so on; sources in one folder are one data set.
+    """
+    found, folders = list[str](), dict[str, str]()
+    for source in sources:
+        folder = store.parent(source) if source.endswith(".tar") else source
+        name = store.base_name(folder)
+        spellings = (name, *(f"{name}-{number}" for number in range(2, len(sources) + 1)))
+        prefix = next(each for each in spellings if each not in folders or store.same(folders[each], folder))
+        folders[prefix] = folder
+        found.append(f"{prefix}/")
+    return found
 
 
 def _split_of(url: str) -> str | None:

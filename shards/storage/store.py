@@ -106,6 +106,11 @@ def overlap(first: str, second: str) -> bool:
     return any(one.startswith(other) or other.startswith(one) for one, other in pairs)
 
 
+def same(first: str, second: str) -> bool:
+    """True if two places are the same, by whichever names and links."""
+    return not _real_names(first).isdisjoint(_real_names(second))
+
+
 def is_inside(url: str, folder: str) -> bool:
     """True if a path or URL names something below `folder`, going by the names: links are taken as they stand."""
     if is_local(url) != is_local(folder):

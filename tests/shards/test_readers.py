@@ -222,6 +222,23 @@ def test_captions_of_other_tars_may_be_json(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("layout", ["image", "pair"])
+def test_sets_of_one_name_lose_no_images_when_joined(tmp_path: Path, layout: str) -> None:
+    sets = []
+    for above, splits in (("A", {"train": 2, "val": 1}), ("B", {"train": 3})):
+        source = karpathy(tmp_path / above / "in", splits, captions=2)
+        out, options = tmp_path / above / "ucm", BuildOptions(shards=1, layout=layout)
+        build(str(source), str(out), images=str(source.parent / "images"), options=options)
+        sets.append(str(out))
+    joined = "::".join((f"{sets[0]}/train-000000.tar", f"{sets[0]}/val-000000.tar", sets[1]))
+    summary = build(joined, str(tmp_path / "out"), options=BuildOptions(shards=1))
+    assert summary.rejected == {}
+    names = {"ucm/0", "ucm/1", "ucm/2", "ucm-2/0", "ucm-2/1", "ucm-2/2"}
+    assert {name: len(captions) for name, captions in built_captions(tmp_path / "out").items()} == dict.fromkeys(
+        names, 2
+    )
+
+
 def test_rs5m_like_tars(tmp_path: Path) -> None:
     for shard in range(2):
         with tarfile.open(tmp_path / f"pub11-train-{shard:04d}.tar", "w") as tar:
