@@ -58,13 +58,14 @@ class ReadOptions:
     def renames(self) -> dict[str, str]:
         """`split_map` as a dictionary, with the spellings that circulate."""
         known = {"restval": "train", "training": "train", "validation": "val", "valid": "val", "dev": "val"}
-        return known | dict(_pair("split_map", item) for item in self.split_map)
+        return known | _pairs("split_map", self.split_map)
 
     @property
     def shares(self) -> dict[str, float]:
         """`holdout` as a dictionary."""
+        pairs = _pairs("holdout", self.holdout)
         try:
-            return {name: float(share) for name, share in (_pair("holdout", item) for item in self.holdout)}
+            return {name: float(share) for name, share in pairs.items()}
         except ValueError as error:
             raise ShardError(f"holdout: {self.holdout} must read like val=0.1 ({error}).") from error
 
@@ -162,7 +163,14 @@ class BuildOptions:
         return asdict(self)
 
 
-def _pair(option: str, item: str) -> tuple[str, str]:
-    name, found, value = item.partition("=")
-    _require(bool(found and name and value), f"{option}: {item!r} must read like NAME=VALUE.")
-    return name, value
+def _pairs(option: str, items: tuple[str, ...]) -> dict[str, str]:
+    """NAME=VALUE of each item; a name that comes twice is refused, for one of the two would be lost."""
+    pairs: dict[str, str] = {}
+    for item in items:
+        name, found, value = item.partition("=")
+        _require(bool(found and name and value), f"{option}: {item!r} must read like NAME=VALUE.")
+        _require(
+            name not in pairs, f"{option}: {name} comes twice, as {pairs.get(name)} and {value}; give one of them."
+        )
+        pairs[name] = value
+    return pairs

@@ -189,6 +189,21 @@ def test_a_missing_val_split_is_held_out_of_train_and_test_is_left_alone(tmp_pat
     assert 8 <= counts["val"] <= 26
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"holdout": ("val=0.5", "val=0.6")}, "holdout: val comes twice, as 0.5 and 0.6"),
+        ({"split_map": ("val=train", "val=test")}, "split_map: val comes twice, as train and test"),
+        ({"holdout": ("val",)}, "holdout: 'val' must read like NAME=VALUE"),
+        ({"holdout": ("val=x",)}, "must read like val=0.1"),
+    ],
+)
+def test_splits_that_options_name_twice_or_badly_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ShardError, match=message):
+        ReadOptions(**options)
+    assert ReadOptions(split_map=("dev=test",)).renames["dev"] == "test"
+
+
 def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)
