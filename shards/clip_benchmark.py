@@ -18,8 +18,8 @@ def link_for_clip_benchmark(folder: str, out: str) -> str:
         The `--dataset` argument under which CLIP_benchmark finds it.
     Raises:
         ShardError: the layout is `pair`, whose captions CLIP_benchmark would take for images of their own; samples have
-            several dates; OUT and the shards lie in one another; or a file of somebody else stands where a shard would
-            come.
+            several dates; OUT and the shards lie in one another; a file of somebody else stands where a shard would
+            come; or a shard is not what its manifest says.  Nothing has been written then.
     """
     content = manifest.read(folder)
     if content["layout"] != "image":
@@ -31,34 +31,52 @@ def link_for_clip_benchmark(folder: str, out: str) -> str:
             f"{out}: is the folder of the shards, lies in it or holds it; choose a folder apart from {folder}."
         )
     rows = {split: [row for row in content["shards"] if row["split"] == split] for split in content["splits"]}
-    for split, shards in rows.items():
-        for index, row in enumerate(shards):
-            _require_ours(store.join(out, f"{split}/{index}.tar"), row["sha256"], folder)
+    jobs = [
+        (row, store.join(out, f"{split}/{index}.tar"))
+        for split, shards in rows.items()
+        for index, row in enumerate(shards)
+    ]
+    wanted = [(row, target) for row, target in jobs if not _is_there(target, row["sha256"], folder)]
+    for row, _ in wanted:
+        _require_whole(store.join(folder, row["file"]), row["sha256"])
     for split, shards in rows.items():
         store.make_folder(store.join(out, split))
-        for index, row in enumerate(shards):
-            _link(store.join(folder, row["file"]), store.join(out, f"{split}/{index}.tar"))
         store.write_bytes(store.join(out, f"{split}/nshards.txt"), str(len(shards)).encode())
+    for row, target in wanted:
+        _link(store.join(folder, row["file"]), target)
     store.write_bytes(store.join(out, "dataset_type.txt"), b"retrieval")
     return f"wds/{store.base_name(out)}"
 
 
-def _require_ours(target: str, sha256: str, folder: str) -> None:
-    """Raise ShardError if `target` exists and is not the shard that would replace it."""
+def _is_there(target: str, sha256: str, folder: str) -> bool:
+    """True if `target` is the shard that would come there; a whole copy stays, whatever has become of the shard since.
+
+    Raises:
+        ShardError: it is something else.
+    """
     if not store.exists(target):
-        return
-    digest = hashlib.sha256()
-    with store.open_read(target) as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    if digest.hexdigest() != sha256:
+        return False
+    if _sha256(target) != sha256:
         raise ShardError(
             f"{target}: is there already and is not the shard of {folder}; move it, or choose another folder."
         )
+    return True
+
+
+def _require_whole(source: str, sha256: str) -> None:
+    if _sha256(source) != sha256:
+        raise ShardError(f"{source}: is not what the manifest says; `shards verify` finds the place. Build it again.")
+
+
+def _sha256(url: str) -> str:
+    digest = hashlib.sha256()
+    with store.open_read(url) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _link(source: str, target: str) -> None:
-    store.remove(target)
     if store.is_local(source) and store.is_local(target):
         with suppress(OSError):  # another device, or a file system without links
             os.link(store.local_path(source), store.local_path(target))

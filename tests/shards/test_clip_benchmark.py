@@ -56,6 +56,26 @@ def test_no_file_of_somebody_else_is_replaced(shards: Path, tmp_path: Path, caps
     assert not (tmp_path / "bench/train").exists()
 
 
+def test_damaged_shards_are_not_laid_out_and_replace_no_whole_copy(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["clip-benchmark", str(shards), str(tmp_path / "bench")]
+    assert main(arguments) == 0
+    copies = {path: path.read_bytes() for path in sorted((tmp_path / "bench").rglob("*.tar"))}
+    shard, copy = shards / "tiny-test-000001.tar", tmp_path / "bench/test/1.tar"
+    damaged = bytearray(shard.read_bytes())
+    damaged[700] ^= 1
+    shard.unlink()  # the copy may be a link to it
+    shard.write_bytes(damaged)
+    assert main(arguments) == 0
+    assert {path: path.read_bytes() for path in copies} == copies
+    copy.unlink()
+    capsys.readouterr()
+    assert main(arguments) == 1
+    assert f"{shard}: is not what the manifest says" in capsys.readouterr().err
+    assert not copy.exists()
+
+
 @pytest.mark.parametrize("where", ["", "inside"])
 def test_shards_are_not_laid_out_among_themselves(shards: Path, where: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(path.name for path in shards.rglob("*"))
