@@ -12,12 +12,20 @@ from ..records import ShardError
 _BITS = 64
 
 
+class MissingLibrary(ShardError):
+    """What compares images by their looks is not installed."""
+
+
 def perceptual_hash(data: bytes) -> int:
-    """64-bit DCT hash of an encoded image (imagehash's phash); look-alikes differ in few bits."""
+    """64-bit DCT hash of an encoded image (imagehash's phash); look-alikes differ in few bits.
+
+    Raises:
+        MissingLibrary: imagehash is not installed; what Pillow raises for a broken image comes as it is.
+    """
     try:
         import imagehash
     except ImportError as error:
-        raise ShardError("looking for near duplicates needs `pip install imagehash`.") from error
+        raise MissingLibrary("looking for near duplicates needs `pip install imagehash`.") from error
     with open_image(data) as image:
         return int(str(imagehash.phash(image)), 16)
 

@@ -20,7 +20,7 @@ from ..readers.tar_files import expand, read_metadata
 from ..records import SPLITS, ShardError, clean_caption, folded_caption
 from ..storage import store
 from ..storage.tars import Member, images_of, read_member, samples
-from .duplicates import equal_groups, near_groups, perceptual_hash
+from .duplicates import MissingLibrary, equal_groups, near_groups, perceptual_hash
 
 SHOWN = 12  # sample images of the report
 REPEATED = {"captions": 0.1, "images": 0.01}
@@ -32,10 +32,15 @@ class Seen(NamedTuple):
 
     split: str
     image_id: str
-    metadata: dict[str, Any]
     captions: list[str]
     images: list[bytes]
     """In order of date; one as a rule, none where the shard lacks it."""
+    label: str | None
+    size: str | None
+    """WIDTHxHEIGHT, as its JSON has them."""
+    checksum: str
+    place: str
+    """Shard and key, for messages."""
 
 
 @dataclass
@@ -77,7 +82,8 @@ def report(
         near_bits: also look for images whose perceptual hashes differ in at most this many of 64 bits (2 is careful).
         tokenizer: open_clip model name, whose tokenizer measures the captions; loads open_clip, hence torch.
     Raises:
-        ShardError: no shards, an unknown tokenizer, or the library for a question is not installed.
+        ShardError: no shards, no samples in them, a damaged sample, an unknown tokenizer, or the library for a
+            question is not installed.
     """
     tallies: dict[str, _Tally] = defaultdict(_Tally)
     checksums: dict[str, str] = {}
@@ -88,9 +94,9 @@ def report(
         _count(tally, seen)
         name = f"{seen.split}/{seen.image_id}"
         if name not in checksums:
-            checksums[name] = seen.metadata.get("sha256") or str(hash(b"".join(seen.images)))
+            checksums[name] = seen.checksum
             if near_bits is not None:
-                hashes[name] = perceptual_hash(b"".join(seen.images[:1]))  # of several dates the first: the same place
+                hashes[name] = _look(seen)
         if len(shown) < SHOWN and seen.image_id not in {other.image_id for other in shown}:
             shown.append(seen)
     measure = _token_counter(tokenizer) if tokenizer else None
@@ -172,26 +178,54 @@ def _shared(tallies: dict[str, _Tally], checksums: dict[str, str]) -> list[dict[
     return rows
 
 
+def _look(seen: Seen) -> int:
+    """The perceptual hash of a sample; of several dates that of the first, for all show the same place."""
+    try:
+        return perceptual_hash(b"".join(seen.images[:1]))
+    except MissingLibrary:
+        raise
+    except Exception as error:  # Pillow raises nearly everything for one broken file or another
+        raise ShardError(
+            f"{seen.place}: its image cannot be decoded ({type(error).__name__}: {error}), so that no look-alikes can"
+            " be found. Leave out --look-alikes, or the image."
+        ) from error
+
+
 def _samples(folders: Sequence[str]) -> Iterator[Seen]:
     for folder in folders:
         prefix = f"{store.base_name(folder)}:" if len(folders) > 1 else ""
+        found = False
         for url in expand(folder):
             with store.open_read(url) as file:
                 try:
                     for key, members in samples(file):
-                        yield _seen(file, key, {member.extension: member for member in members}, prefix)
+                        found = True
+                        yield _seen(file, url, key, {member.extension: member for member in members}, prefix)
                 except (tarfile.TarError, KeyError, TypeError, ValueError) as error:
                     raise ShardError(f"{url}: damaged: {error}. `shards verify` finds the place.") from error
+        if not found:
+            raise ShardError(f"{folder}: no sample in its shards; there is nothing to report.")
 
 
-def _seen(file: IO[bytes], key: str, parts: dict[str, Member], prefix: str) -> Seen:
+def _seen(file: IO[bytes], url: str, key: str, parts: dict[str, Member], prefix: str) -> Seen:
     metadata = read_metadata(file, parts.get("json"))
     text = read_member(file, parts["txt"]).decode() if "txt" in parts else ""
     captions = fields.captions(metadata.get("captions"), f"{key}.json: captions") or text.split("\n")
     images = [read_member(file, image) for image in images_of(parts)]
-    split = prefix + (fields.label(metadata.get("split"), f"{key}.json: split") or "unknown")
-    image_id = fields.label(metadata.get("image_id"), f"{key}.json: image_id") or key
-    return Seen(split, image_id, metadata, captions, images)
+    names = ("split", "image_id", "class", "sha256", "width", "height")
+    split, image_id, label, checksum, width, height = (
+        fields.label(metadata.get(name), f"{key}.json: {name}") for name in names
+    )
+    return Seen(
+        split=prefix + (split or "unknown"),
+        image_id=image_id or key,
+        captions=captions,
+        images=images,
+        label=label,
+        size=f"{width}x{height}" if width and height else None,
+        checksum=checksum or str(hash(b"".join(images))),
+        place=f"{url}:{key}",
+    )
 
 
 def _count(tally: _Tally, seen: Seen) -> None:
@@ -203,10 +237,10 @@ def _count(tally: _Tally, seen: Seen) -> None:
     tally.images.add(seen.image_id)
     tally.image_bytes += sum(map(len, seen.images))
     tally.dates.add(len(seen.images))
-    if seen.metadata.get("class"):
-        tally.classes[seen.metadata["class"]] += 1
-    if seen.metadata.get("width"):
-        tally.sizes[f"{seen.metadata['width']}x{seen.metadata['height']}"] += 1
+    if seen.label:
+        tally.classes[seen.label] += 1
+    if seen.size:
+        tally.sizes[seen.size] += 1
 
 
 def _sum_up(tally: _Tally, measure: Callable[[list[str]], dict[str, Any]] | None) -> dict[str, Any]:

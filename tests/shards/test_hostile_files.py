@@ -20,6 +20,7 @@ from PIL import Image
 
 from msa_openclip.shards import BuildOptions, ImageOptions, ShardError, build, manifest, verify
 from msa_openclip.shards.checks.report import report
+from msa_openclip.shards.checks.report_page import page
 from msa_openclip.shards.clip_benchmark import link_for_clip_benchmark
 from msa_openclip.shards.command_line import main
 from msa_openclip.shards.imagery import prepare as imagery
@@ -208,6 +209,39 @@ def test_json_of_a_sample_in_other_types(tmp_path: Path, fields: dict[str, Any],
     assert {row["image_id"] for row in data} == {"0"} | ({image_id} if image_id else set())
     assert len(rejections(tmp_path / "out")) == (image_id is None)
     assert verify(str(tmp_path / "out"), decode=True).ok
+
+
+@pytest.mark.parametrize("fields", [{"class": ["a"]}, {"class": {"a": 1}}, {"sha256": ["x"]}, {"width": [3]}])
+def test_info_names_the_place_of_other_types(tmp_path: Path, fields: dict[str, Any]) -> None:
+    path, name = tar_of(tmp_path / "a.tar", **fields), next(iter(fields))
+    with pytest.raises(ShardError, match=rf"a.tar: damaged: 1.json: {name}: .* where text is expected"):
+        report([str(path)])
+
+
+@pytest.mark.parametrize("fields", [{"width": 24}, {"class": 5}, {"class": True}, {"width": 0, "height": None}])
+def test_info_takes_what_is_unusual(tmp_path: Path, fields: dict[str, Any]) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib (extra plot) is not installed")
+    (tmp_path / "in").mkdir()
+    tar_of(tmp_path / "in/a.tar", **fields)
+    tar_of(tmp_path / "in/b.tar", image_id="other", **{"class": "x"})
+    made = report([str(tmp_path / "in")])
+    [row] = made.content["splits"].values()
+    assert row["sizes"] == {}
+    assert set(row["classes"]) == {"x", *(str(fields[name]) for name in fields if name == "class")}
+    assert "<h2>Images by class</h2>" in page(made)
+
+
+def test_info_refuses_tars_without_samples(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(bytes(1024))
+    with pytest.raises(ShardError, match=r"a.tar: no sample in its shards"):
+        report([str(tmp_path / "a.tar")])
+
+
+def test_info_names_the_image_that_has_no_looks(tmp_path: Path) -> None:
+    pytest.importorskip("imagehash", reason="imagehash (extra report) is not installed")
+    (tmp_path / "a.tar").write_bytes(FIRST + member("1.jpg", b"broken") + member("1.txt", b"b") + bytes(1024))
+    with pytest.raises(ShardError, match=r"a.tar:1: its image cannot be decoded .* Leave out --look-alikes"):
+        report([str(tmp_path / "a.tar")], near_bits=2)
 
 
 @pytest.mark.parametrize("text", [b"{", b"[" * 100_000, b"[1]", b"\xff", b'{"a": 1, "a": 2}', b'"text"'])
