@@ -79,11 +79,17 @@ def read_hf(url: str, options: ReadOptions) -> Iterator[Entry | Rejection]:
 
 
 def hf_table(folder: str) -> Any:
-    """A saved data set, with its images left encoded."""
+    """A saved data set, with its images left encoded.
+
+    Raises:
+        ShardError: `datasets` is not installed, or a file is a pipe or device, for which it would wait without end.
+    """
     try:
         import datasets
     except ImportError as error:
         raise ShardError(f"{folder}: reading Hugging Face data sets needs `pip install datasets`.") from error
+    for name in store.listing(folder):
+        store.require_regular(store.join(folder, name))
     table = datasets.load_from_disk(folder)
     for name, feature in table.features.items():
         if isinstance(feature, datasets.Image):

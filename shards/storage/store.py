@@ -208,6 +208,16 @@ def open_regular(path: str, buffering: int = -1) -> IO[bytes]:
     return file
 
 
+def require_regular(url: str) -> None:
+    """Refuse a pipe, device or socket before another library opens it and waits.
+
+    Raises:
+        NotReadable: it is one; a URL never is.
+    """
+    if is_local(url):
+        _require_regular(local_path(url), os.stat(local_path(url)))
+
+
 def _require_regular(path: str, found: os.stat_result) -> None:
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(f"{path}: a folder, where a file is expected.")

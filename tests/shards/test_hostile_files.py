@@ -123,6 +123,21 @@ def test_a_source_that_is_a_pipe_is_refused(tmp_path: Path, name: str) -> None:
     assert f"{tmp_path / name}: not a regular file but a pipe, device or socket" in said
 
 
+@pytest.mark.parametrize("name", ["data-00000-of-00001.arrow", "state.json"])
+def test_a_saved_data_set_with_a_pipe_is_refused(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("datasets", reason="datasets (extra hf) is not installed")
+    for file in ("dataset_info.json", "state.json"):
+        (tmp_path / file).write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    done = subprocess.run(
+        [sys.executable, "-m", "msa_openclip.shards", "build", str(tmp_path), str(tmp_path / "out"), "--quiet"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"{tmp_path / name}: not a regular file but a pipe, device or socket" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["sizes.json", "manifest.json", "train-000000.tar"])
 def test_pipes_among_shards_are_named(tmp_path: Path, name: str) -> None:
     source = karpathy(tmp_path / "in", {"train": 9})
