@@ -8,6 +8,7 @@ from typing import Any
 from .records import SPLITS, ShardError
 
 KINDS = ("auto", "karpathy", "levir-cc", "nwpu", "precomp", "table", "folder", "tar", "hf")
+LEAST_SHARD_MB = 0.001  # a sample is larger than that
 PILLOW_BOMB_LIMIT = 178_956_970  # Pillow itself refuses images of more pixels
 
 
@@ -149,9 +150,12 @@ class BuildOptions:
     def __post_init__(self) -> None:
         _require(self.layout in ("image", "pair"), f"layout: {self.layout!r} is unknown; choose image or pair.")
         _require(not set(self.name) & set("/\\{}:*? "), f"name: {self.name!r} cannot be part of a file name pattern.")
-        for name in ("shards", "loader_workers", "ranks", "shard_mb"):
+        for name in ("shards", "loader_workers", "ranks"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name}: {value} must be positive.")
+        _require(
+            self.shard_mb >= LEAST_SHARD_MB, f"shard_mb: {self.shard_mb} must be a number of at least {LEAST_SHARD_MB}."
+        )
 
     @property
     def readers(self) -> int:

@@ -172,6 +172,12 @@ def test_few_shards_for_the_readers_are_announced(tmp_path: Path) -> None:
     assert not any("fewer" in line for line in enough.advice)
 
 
+@pytest.mark.parametrize("shard_mb", [1e-320, 0.0, -1.0, float("nan")])
+def test_shards_of_no_size_are_refused(shard_mb: float) -> None:
+    with pytest.raises(ShardError, match=r"shard_mb: .* must be a number of at least 0.001"):
+        BuildOptions(shard_mb=shard_mb)
+
+
 def test_tif_named_jpg_is_found_and_transcoded_without_loss(tmp_path: Path) -> None:
     folder = real_data("ucm")
     rows = json.loads((folder / "dataset_ucm.json").read_text())["images"]
