@@ -110,6 +110,8 @@ def read_precomp(folder: str, options: ReadOptions) -> Iterator[Entry | Rejectio
         files = _lines(store.join(folder, f"{split}_filename.txt"))
         while len(files) > 1 and not files[-1]:
             files.pop()  # no image has a blank name, but an image's captions may be blank
+        while len(captions) % len(files) and not captions[-1]:
+            captions.pop()  # more blank lines than the last image has captions, at the end of some published files
         for file, texts in _grouped(files, captions, store.join(folder, name)):
             yield Entry(file, tuple(texts), split=split)
 

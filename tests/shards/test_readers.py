@@ -79,6 +79,14 @@ def test_blank_captions_at_the_end_of_precomp_are_counted(tmp_path: Path) -> Non
     assert [row.captions for row in entries(tmp_path)] == [("a0", "a1", "a2"), ("b0", "b1", "b2"), ("", "", "")]
 
 
+def test_blank_lines_that_cannot_be_captions_are_none(tmp_path: Path) -> None:
+    (tmp_path / "test_caps.txt").write_text("a0\na1\nb0\n\n\n\n")
+    (tmp_path / "test_filename.txt").write_text("a.tif\nb.tif\n")
+    assert [row.captions for row in entries(tmp_path)] == [("a0", "a1", "b0"), ("", "", "")]
+    (tmp_path / "test_caps.txt").write_text("a0\na1\nb0\n\n\n")
+    assert [row.captions for row in entries(tmp_path)] == [("a0", "a1"), ("b0", "")]
+
+
 def test_precomp_of_another_length_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train_caps.txt").write_text("a\nb\nc\n")
     (tmp_path / "train_filename.txt").write_text("x.jpg\ny.jpg\n")
