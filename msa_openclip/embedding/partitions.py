@@ -18,7 +18,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,8 +103,9 @@ def write_vectors(partition: Partition, embedder: Embedder, folder: str) -> Writ
     table = to_table(images)
     name = _name(partition, table, embedder.product)
     store.make_folder(folder)
-    _tidy(folder, name)
-    _require_one_list(folder, partition, name)
+    there = store.names(folder)
+    _tidy(folder, there, name)
+    _require_one_list(folder, there, partition, name)
     url = store.join(folder, name)
     rows = _rows_of_whole(url)
     if rows is not None:
@@ -123,7 +124,7 @@ def write_vectors(partition: Partition, embedder: Embedder, folder: str) -> Writ
     whole = columns.filter(pc.is_null(columns["error"])).drop_columns(["error"])
     _despite_others(lambda: write_partition(url, whole, embedder.product))
     # Of two workers who started at once with different lists, the later finds out here.
-    _require_one_list(folder, partition, name)
+    _require_one_list(folder, store.names(folder), partition, name)
     return Written(url, len(whole), tuple(map(_skipped, left_out)), new=True)
 
 
@@ -146,20 +147,20 @@ def _plain(value: Any) -> str:
     return value.hex() if isinstance(value, bytes) else str(value)
 
 
-def _tidy(folder: str, name: str) -> None:
-    """Remove what a killed worker left of this partition."""
-    for other in store.names(folder):
+def _tidy(folder: str, there: Iterable[str], name: str) -> None:
+    """Remove, of the files that are there, what a killed worker left of this partition."""
+    for other in there:
         if store.target_of_temporary(other) in (name, _left_out_file(name)):
             store.remove(store.join(folder, other))
 
 
-def _require_one_list(folder: str, partition: Partition, name: str) -> None:
-    """Refuse a folder with parts of another list: their images would be there twice, or missing.
+def _require_one_list(folder: str, there: Iterable[str], partition: Partition, name: str) -> None:
+    """Refuse a folder in which there are parts of another list: their images would be there twice, or missing.
 
     Raises:
         EmbedError: the folder holds a part of another list, or this one of another model.
     """
-    for other in store.names(folder):
+    for other in there:
         found = _NAME.fullmatch(other)
         if found and other != name and (int(found[1]) == partition.number or found[2] != partition.list_digest):
             raise EmbedError(

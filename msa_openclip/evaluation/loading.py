@@ -100,7 +100,7 @@ def load(
                 **as_trained,
             )
             length = as_trained.get("force_context_length")
-            tokenizer = load_tokenizer(name, length, trust_remote_code=trust_remote_code)
+            tokenizer = load_tokenizer(name, length, trust_remote_code=trust_remote_code, config=config)
             if isinstance(model, MSACLIP) and pretrained not in (None, UNTRAINED) and not towers_only:
                 _require_trained_head(spec, str(pretrained), model)
     except ModelError:

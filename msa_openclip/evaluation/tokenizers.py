@@ -15,7 +15,13 @@ from ..data.small_files import LARGEST_CONFIG, FileProblem, read_json
 from .foreign_code import is_trusted, no_foreign_code, refuse_code, tokenizer_options
 
 
-def load_tokenizer(name: str, context_length: int | None = None, *, trust_remote_code: bool | None = None) -> Any:
+def load_tokenizer(
+    name: str,
+    context_length: int | None = None,
+    *,
+    trust_remote_code: bool | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Any:
     """What `open_clip.get_tokenizer` gives for any model; code that comes along needs the user's word.
 
     Example:
@@ -26,12 +32,13 @@ def load_tokenizer(name: str, context_length: int | None = None, *, trust_remote
         name: of a model, or `hf-hub:ORG/REPO` or `local-dir:FOLDER`.
         context_length: of its token ids; None for the model's own.
         trust_remote_code: whether that code may run; None for what the user has said by TRUST_VARIABLE.
+        config: what `configuration` said of the name, where it has been asked: a hub may be behind it.
     Raises:
         ForeignCodeError: the configuration switches code on that is not trusted.
         FileProblem: the configuration of a folder cannot be read.
     """
     trusted = is_trusted() if trust_remote_code is None else trust_remote_code
-    config = configuration(name)
+    config = configuration(name) if config is None else config
     if not trusted:
         refuse_code(name, config)
     with no_foreign_code(allowed=trusted):

@@ -114,7 +114,7 @@ def _require_regular(path: str) -> None:
     stem = os.path.splitext(path)[0]
     beside = [path + end for end in _BESIDE] + [stem + end for end in _WORLD_FILES]
     for found in (path, *filter(os.path.exists, beside)):
-        store.open_regular(found).close()
+        store.require_regular(found)
 
 
 def require_few_tiles(width: int, height: int, side: int, step: int) -> None:
