@@ -6,7 +6,7 @@
     INDEX/SEGMENT/features.npy      (n, E) float16, normalised global features
     INDEX/SEGMENT/projected.npy     (n, S, D) float16, MSCMAT's projected vectors m; absent without MSCMAT
     INDEX/SEGMENT/rejected.parquet  images that could not be read, and `why`; absent if there are none
-    INDEX/SEGMENT/segment.json      how many images, and the checksums of the other files
+    INDEX/SEGMENT/segment.json      how many images, where on Earth, and the checksums of the other files
 
 Rows of a segment lie along a Hilbert curve, where places on Earth are known, and as they came otherwise.  A segment in
 which no image could be read has no vectors.  Whatever has its final name is whole and on the disk: files and folders
@@ -35,7 +35,8 @@ from ..data.captioned import CaptionedImage
 from ..data.small_files import parse_json, read_json, read_text
 from ..shards.storage import store
 from .checksums import CheckedFile, checksums
-from .schema import Product, hilbert_order, parquet, to_table
+from .places import EARTH, Box
+from .schema import Product, extent, hilbert_order, parquet, to_table
 
 FORMAT = 4
 CONVERTIBLE = 3
@@ -119,7 +120,7 @@ def write_segment(
     if rejected is not None and len(rejected):
         (temporary / REJECTED).write_bytes(parquet(rejected, product))
     files = {path.name: checksums(path) for path in sorted(temporary.iterdir())}
-    content = json.dumps({"images": len(tiles), "files": files})
+    content = json.dumps({"images": len(tiles), "bbox": extent(tiles), "files": files})
     (temporary / SEGMENT_FILE).write_text(content + "\n", encoding="utf-8")
     store.sync(str(temporary))
     try:
@@ -146,9 +147,23 @@ def read_segment(root: Path, name: str) -> Segment:
     Raises:
         ImageIndexError: its description is damaged.
     """
-    text = or_damaged(root / name, lambda: read_text(root / name / SEGMENT_FILE))
-    images = or_damaged(root / name, lambda: int(parse_json(text, SEGMENT_FILE)["images"]))
-    return Segment(name, images, hashlib.sha256(text.encode()).hexdigest())
+    return _described(root / name)[0]
+
+
+def _described(folder: Path) -> tuple[Segment, Mapping[str, Any]]:
+    """What a segment.json is of, and what is in it."""
+    text = or_damaged(folder, lambda: read_text(folder / SEGMENT_FILE))
+    content = or_damaged(folder, lambda: dict(parse_json(text, SEGMENT_FILE)))
+    images = or_damaged(folder, lambda: int(content["images"]))
+    return Segment(folder.name, images, hashlib.sha256(text.encode()).hexdigest()), content
+
+
+def _description(root: Path, segment: Segment) -> Mapping[str, Any]:
+    """The content of segment.json, once it is what the manifest says."""
+    found, content = _described(root / segment.name)
+    if found != segment:
+        raise damaged(root / segment.name, f"{SEGMENT_FILE} is not what was written")
+    return content
 
 
 def checked_files(root: Path, segment: Segment) -> dict[str, CheckedFile]:
@@ -157,14 +172,27 @@ def checked_files(root: Path, segment: Segment) -> dict[str, CheckedFile]:
     Raises:
         ImageIndexError: a file is missing or of another size, or the description of the segment is another.
     """
-    folder = root / segment.name
-    if read_segment(root, segment.name) != segment:
-        raise damaged(folder, f"{SEGMENT_FILE} is not what was written")
-    files = or_damaged(folder, lambda: dict(read_json(folder / SEGMENT_FILE)["files"]))
+    folder, content = root / segment.name, _description(root, segment)
+    files = or_damaged(folder, lambda: dict(content["files"]))
     wanted = {TILES, *(("features.npy",) if segment.images else ())}
     if not wanted <= files.keys() <= {*wanted, "projected.npy", REJECTED}:
         raise damaged(folder, f"{SEGMENT_FILE} names the files {', '.join(files)}")
     return or_damaged(folder, lambda: {name: CheckedFile(folder / name, sums) for name, sums in files.items()})
+
+
+def segment_extent(root: Path, segment: Segment) -> Box | None:
+    """The box around all images of a segment; None if no place is known, all of Earth if an earlier version wrote it.
+
+    Raises:
+        ImageIndexError: the description of the segment is another, or damaged.
+    """
+    found = _description(root, segment).get("bbox", EARTH)
+    return None if found is None else or_damaged(root / segment.name, lambda: _box(found))
+
+
+def _box(sides: Sequence[float]) -> Box:
+    west, south, east, north = map(float, sides)
+    return west, south, east, north
 
 
 def or_damaged(segment: Path, read: Callable[[], T]) -> T:

@@ -74,7 +74,7 @@ class SearchFilter:
             allowed &= _true(pc.less(times, end)) if end else True
         for region in self._regions():
             try:
-                allowed &= places.overlap(region, tiles.bounds, lambda rows: tiles.values("geometry", rows))
+                allowed &= _within(region, tiles)
             except OutlineError as error:
                 raise SearchError(f"bbox, polygon: {error}; the index is damaged, build it again.") from error
         if self.where:
@@ -112,6 +112,18 @@ def _after(text: str, start: datetime | None) -> datetime | None:
         return start + (timedelta(days=1) if whole_day else timedelta(microseconds=1))
     except (ValueError, OverflowError):  # the end of the calendar
         return datetime.max.replace(tzinfo=timezone.utc)
+
+
+def _within(region: Any, tiles: Tiles) -> NDArray[np.bool_]:
+    """Which outlines overlap a region, (n,)."""
+    found = np.zeros(len(tiles), dtype=np.bool_)
+    for start, bounds in tiles.reaching(places.boxes(region)):
+
+        def outlines(rows: NDArray[np.int64], start: int = start) -> list[bytes]:
+            return tiles.values("geometry", start + rows)
+
+        found[start : start + len(bounds)] = places.overlap(region, bounds, outlines)
+    return found
 
 
 def _true(values: pa.ChunkedArray) -> NDArray[np.bool_]:

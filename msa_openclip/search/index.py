@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..evaluation.loading import LoadedModel
-from .files import TILES, ImageIndexError, checked_files, damaged, read_manifest
+from .files import TILES, ImageIndexError, checked_files, damaged, read_manifest, segment_extent
 from .fingerprint import check_model
 from .tiles import Tiles
 from .vectors import Vectors
@@ -45,7 +45,7 @@ class ImageIndex:
             path, files = root / segment.name, checked_files(root, segment)
             if not segment.images:  # none of its images could be read
                 continue
-            self.images.append(path, files[TILES], segment.images)
+            self.images.append(path, files[TILES], segment.images, segment_extent(root, segment))
             self._features.append(Vectors(path, files["features.npy"], segment.images))
             if model.scorer.has_match:
                 if "projected.npy" not in files:

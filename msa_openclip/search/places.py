@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 from ..data.outlines import from_wkb, from_wkt
 
+Box = tuple[float, float, float, float]
+"""West, south, east, north in degrees of WGS84."""
+EARTH: Box = (-180.0, -90.0, 180.0, 90.0)
 _HILBERT_BITS = 16  # a cell is 600 m wide at the equator
 
 
@@ -98,6 +101,15 @@ def bounds(wkb: Sequence[bytes | None]) -> NDArray[np.float64]:
     module = shapely()
     found: NDArray[np.float64] = module.bounds(from_wkb(wkb))
     return found
+
+
+def extent(bounds: NDArray[np.float64]) -> Box | None:
+    """The box around all bounds (n, 4); None if nothing is known."""
+    known = bounds[~np.isnan(bounds).any(axis=1)]
+    if not len(known):
+        return None
+    west, south, east, north = *known[:, :2].min(axis=0).tolist(), *known[:, 2:].max(axis=0).tolist()
+    return west, south, east, north
 
 
 def geometry_types(wkb: Sequence[bytes | None]) -> list[str]:
@@ -187,6 +199,20 @@ def _on_earth(region: Any) -> Any:
         # A polygon that ends at one side touches the other, in a line.
         found += [piece for piece in pieces if module.get_dimensions(piece) == module.get_dimensions(part)]
     return module.union_all(found)
+
+
+def boxes(region: Any) -> NDArray[np.float64]:
+    """The bounds (k, 4) of each part of a region."""
+    module = shapely()
+    found: NDArray[np.float64] = module.bounds(module.get_parts(region))
+    return found
+
+
+def touch(boxes: NDArray[np.float64], box: Box) -> bool:
+    """Whether one of some boxes (k, 4) has a point in common with a box."""
+    west, south, east, north = box
+    xmin, ymin, xmax, ymax = boxes.T
+    return bool(((xmin <= east) & (xmax >= west) & (ymin <= north) & (ymax >= south)).any())
 
 
 def overlap(

@@ -208,10 +208,16 @@ def hilbert_order(table: pa.Table) -> NDArray[np.int64]:
 
 
 def bounds(table: pa.Table) -> NDArray[np.float64]:
-    """(n, 4) of the column `bbox`, NaN where nothing is known."""
-    column = table["bbox"].combine_chunks()
-    parts = [column.field(name) for name in _names(_BBOX)] if column.null_count == 0 else column.flatten()
-    return np.stack([part.to_numpy(zero_copy_only=False).astype(np.float64) for part in parts], axis=1)
+    """(n, 4) of the column `bbox`, NaN where nothing is known; each side together in memory."""
+    found = np.empty((len(table), 4), dtype=np.float64, order="F")
+    for side, name in enumerate(_names(_BBOX)):
+        found[:, side] = pc.struct_field(table["bbox"], name).to_numpy()
+    return found
+
+
+def extent(table: pa.Table) -> places.Box | None:
+    """The box around all that the column `bbox` knows, None if that is nothing."""
+    return places.extent(bounds(table))
 
 
 def product_of(schema: pa.Schema, name: str) -> Product:

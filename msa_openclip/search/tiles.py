@@ -6,6 +6,7 @@ import bisect
 import functools
 import itertools
 import json
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from ..data.captioned import CaptionedImage
 from .checksums import CheckedFile
 from .files import damaged, open_parquet, read_columns
+from .places import EARTH, Box, touch
 from .schema import bounds, columns_of_images, to_images
 
 _GROUPS_KEPT = 128  # of some 0.3 MB
@@ -25,8 +27,8 @@ _GROUPS_KEPT = 128  # of some 0.3 MB
 class _Part:
     """The metadata of a segment; a column that is read whole is decoded once and kept."""
 
-    def __init__(self, segment: Path, checked: CheckedFile, images: int) -> None:
-        self.segment, self.images, self._checked = segment, images, checked
+    def __init__(self, segment: Path, checked: CheckedFile, images: int, extent: Box | None) -> None:
+        self.segment, self.images, self.extent, self._checked = segment, images, extent, checked
         self._columns: dict[str, pa.ChunkedArray] = {}
 
     @functools.cached_property
@@ -62,6 +64,10 @@ class _Part:
         """What images are made of, of a row group."""
         rows = self.group_ends[number] - (self.group_ends[number - 1] if number else 0)
         return read_columns(self.segment, self._file, columns_of_images(self.schema), rows, number)
+
+    def bounds(self) -> NDArray[np.float64]:
+        """(n, 4) of the outlines, NaN where nothing is known."""
+        return bounds(read_columns(self.segment, self._file, ["bbox"], self.images))
 
     def image(self, group: pa.Table, row: int) -> CaptionedImage:
         """The image in a row of a row group."""
@@ -132,13 +138,15 @@ class Tiles(Sequence[CaptionedImage]):
         self._parts: list[_Part] = []
         self._ends: list[int] = []
         self._schema: pa.Schema | None = None
-        self._bounds: NDArray[np.float64] | None = None
+        self._bounds = np.empty((0, 4), dtype=np.float64)
+        self._has_bounds: set[int] = set()
+        self._decoding = threading.Lock()  # the map's server asks from several threads
         self._group = functools.lru_cache(_GROUPS_KEPT)(lambda part, group: self._parts[part].group(group))
 
-    def append(self, segment: Path, checked: CheckedFile, images: int) -> None:
-        """Add the images of a segment; nothing is read yet."""
-        self._schema = self._bounds = None
-        self._parts.append(_Part(segment, checked, images))
+    def append(self, segment: Path, checked: CheckedFile, images: int, extent: Box | None = EARTH) -> None:
+        """Add the images of a segment, all within a box; None if no place is known.  Nothing is read yet."""
+        self._schema = None
+        self._parts.append(_Part(segment, checked, images, extent))
         self._ends.append(len(self) + images)
 
     def __len__(self) -> int:
@@ -165,12 +173,24 @@ class Tiles(Sequence[CaptionedImage]):
             self._schema = united(part.schema for part in self._parts)
         return self._schema
 
-    @property
-    def bounds(self) -> NDArray[np.float64]:
-        """(n, 4) of all outlines, NaN where nothing is known; decoded once and kept, each side together."""
-        if self._bounds is None:
-            self._bounds = np.asfortranarray(bounds(self.columns(["bbox"])))
-        return self._bounds
+    def reaching(self, boxes: NDArray[np.float64]) -> list[tuple[int, NDArray[np.float64]]]:
+        """Segments that reach into some boxes (k, 4): the first row and the bounds (m, 4) of each run of them.
+
+        No other segment is read.  Bounds are NaN where nothing is known, and each side of them lies together; they are
+        decoded once and kept.
+        """
+        near = [part.extent is not None and touch(boxes, part.extent) for part in self._parts]
+        starts = [end - part.images for part, end in zip(self._parts, self._ends, strict=True)]
+        with self._decoding:
+            if len(self._bounds) < len(self):
+                grown = np.empty((len(self), 4), order="F")  # memory that nothing is written to costs nothing
+                grown[: len(self._bounds)] = self._bounds
+                self._bounds = grown
+            for number in set(np.flatnonzero(near).tolist()) - self._has_bounds:
+                self._bounds[starts[number] : self._ends[number]] = self._parts[number].bounds()
+                self._has_bounds.add(number)
+        runs = (list(run) for wanted, run in itertools.groupby(range(len(near)), near.__getitem__) if wanted)
+        return [(starts[run[0]], self._bounds[starts[run[0]] : self._ends[run[-1]]]) for run in runs]
 
     def values(self, name: str, rows: NDArray[np.int64]) -> list[Any]:
         """Values of a column (k,) in some ascending rows (k,); other segments are not read."""

@@ -9,6 +9,7 @@ from ..data.small_files import read_json, read_text
 from .checksums import CheckedFile
 from .files import (
     REJECTED,
+    SEGMENT_FILE,
     TILES,
     ImageIndexError,
     Manifest,
@@ -18,8 +19,11 @@ from .files import (
     open_parquet,
     read_columns,
     read_manifest,
+    segment_extent,
 )
 from .item import ITEM, item_text
+from .places import EARTH
+from .schema import extent
 from .vectors import Vectors
 
 
@@ -102,4 +106,6 @@ def _verify_segment(root: Path, segment: Segment) -> int:
         for name in files.keys() & {TILES, REJECTED}
         for parquet in [open_parquet(folder, files[name])]
     }
+    if segment_extent(root, segment) not in (EARTH, extent(read[TILES])):
+        raise damaged(folder, f"{SEGMENT_FILE}: bbox is not that of the images")
     return len(read[REJECTED]) if REJECTED in read else 0

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from helpers.index_files import append_part, tiles_of
 from helpers.retrieval_data import square
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from msa_openclip.data.captioned import CaptionedImage
 from msa_openclip.search import condition, places
+from msa_openclip.search import tiles as tiles_module
 from msa_openclip.search.filters import SearchError, SearchFilter
 from msa_openclip.search.tiles import Tiles
 from msa_openclip.shards.records import Location
@@ -281,11 +286,49 @@ def test_bounds_and_values_of_some_rows(tmp_path: Path) -> None:
         CaptionedImage(f"i{number}", Location("a.tif"), (), metadata={"geo": {"footprint": square(number, 50)}})
         for number in range(5)
     ]
-    tiles = tiles_of(tmp_path, [images[:2], images[2:3]])
-    assert tiles.bounds[:, 0].tolist() == [0, 1, 2]
-    # Decoded once: a query over a million takes milliseconds, not a tenth of a second.
-    assert tiles.bounds is tiles.bounds
+    tiles, everywhere = tiles_of(tmp_path, [images[:2], images[2:3]]), np.array([places.EARTH])
+    (run,) = tiles.reaching(everywhere)
+    assert (run[0], run[1][:, 0].tolist()) == (0, [0, 1, 2])
     append_part(tiles, tmp_path / "late.parquet", images[3:])
-    assert tiles.bounds[:, 0].tolist() == [0, 1, 2, 3, 4]
+    (run,) = tiles.reaching(everywhere)
+    assert (run[0], run[1][:, 0].tolist()) == (0, [0, 1, 2, 3, 4])
     assert tiles.values("id", np.array([1, 2, 4])) == ["i1", "i2", "i4"]
     assert tiles.values("id", np.array([], dtype=np.int64)) == []
+
+
+sides = st.integers(-175, 174).flatmap(lambda west: st.tuples(st.just(west), st.integers(-85, 84)))
+outlines = st.none() | sides.map(lambda at: square(*at)) | st.sampled_from([SLANTED, ACROSS, OVER_POLE])
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(footprints=st.lists(outlines, min_size=1, max_size=6), asked=st.lists(st.tuples(sides, sides), max_size=3))
+def test_segments_that_lie_elsewhere_are_passed_over(
+    footprints: list[dict[str, Any] | None], asked: list[tuple[tuple[int, int], tuple[int, int]]], tmp_path: Path
+) -> None:
+    """With a segment for each image, and all in one, which no box passes over, the answers are equal."""
+    images = [
+        CaptionedImage(f"i{number}", Location("a.tif"), (), metadata={"geo": {"footprint": one}} if one else {})
+        for number, one in enumerate(footprints)
+    ]
+    folders = [Path(tempfile.mkdtemp(dir=tmp_path)) for _ in range(2)]
+    apart, together = tiles_of(folders[0], [[image] for image in images]), tiles_of(folders[1], [images])
+    for (west, one), (east, other) in asked:
+        bbox = (west, min(one, other), east, max(one, other))
+        assert found(apart, bbox=bbox) == found(together, bbox=bbox)
+
+
+def test_a_segment_that_lies_elsewhere_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [
+        CaptionedImage(f"i{number}", Location("a.tif"), (), metadata={"geo": {"footprint": square(west, 50)}})
+        for number, west in enumerate((10, 11, 40, 41))
+    ]
+    tiles, read, asked = tiles_of(tmp_path, [images[:2], images[2:]]), tiles_module.read_columns, []
+    monkeypatch.setattr(tiles_module, "read_columns", lambda *given: asked.append(given[2]) or read(*given))
+    assert found(tiles, bbox=(40.2, 50.2, 40.4, 50.4)) == [2]
+    assert asked.count(["bbox"]) == 1
+    assert found(tiles, bbox=(10.2, 50.2, 41.4, 50.4)) == [0, 1, 2, 3]
+    assert asked.count(["bbox"]) == 2
+    assert found(tiles, bbox=(10.2, 50.2, 41.4, 50.4)) == [0, 1, 2, 3]
+    assert asked.count(["bbox"]) == 2, (
+        "decoded once: a query over a million takes milliseconds, not a tenth of a second"
+    )

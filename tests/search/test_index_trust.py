@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -502,6 +503,36 @@ def test_a_manifest_leads_nowhere_else(change: dict[str, Any], built: Path, mode
     manifest = json.loads((built / "index.json").read_text())
     manifest["segments"][0] |= change
     (built / "index.json").write_text(json.dumps(sealed(manifest)))  # whoever forges one computes that, too
+    with pytest.raises(ImageIndexError, match="damaged"):
+        ImageIndex(str(built), model)
+
+
+def forge_extent(built: Path, **bbox: Any) -> None:
+    """Another `bbox` in a segment.json, or none, with checksums to match."""
+    path = next(built.glob("*/segment.json"))
+    content = {name: value for name, value in json.loads(path.read_text()).items() if name != "bbox"}
+    path.write_text(json.dumps(content | bbox))
+    manifest = json.loads((built / "index.json").read_text())
+    (segment,) = [row for row in manifest["segments"] if row["name"] == path.parent.name]
+    segment["checksum"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (built / "index.json").write_text(json.dumps(sealed(manifest)))
+
+
+def test_an_index_of_an_earlier_version_does_not_say_where_its_segments_lie(built: Path, model: LoadedModel) -> None:
+    forge_extent(built)
+    assert verify_index(str(built)).problems == []
+    assert len(Searcher(ImageIndex(str(built), model)).by_text(["x"], k=7)[0]) == 7
+
+
+def test_a_segment_that_lies_elsewhere_than_its_images_is_found_by_verify(built: Path) -> None:
+    forge_extent(built, bbox=[0, 0, 1, 1])
+    (problem,) = verify_index(str(built)).problems
+    assert "segment.json: bbox is not that of the images" in problem
+
+
+@pytest.mark.parametrize("bbox", [[0, 0, 1], "west", {}, [0, 0, 1, None]])
+def test_an_odd_place_of_a_segment_is_named(bbox: Any, built: Path, model: LoadedModel) -> None:
+    forge_extent(built, bbox=bbox)
     with pytest.raises(ImageIndexError, match="damaged"):
         ImageIndex(str(built), model)
 
