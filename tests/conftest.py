@@ -9,7 +9,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import subprocess
-import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import processes, tiny
 
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="msa-openclip-tests-")  # where models are remembered
 
@@ -71,9 +70,7 @@ def run_python(tiny_configs: Path) -> Callable[..., subprocess.CompletedProcess[
 
     def run(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "MSA_OPENCLIP_CONFIGS": str(tiny_configs), **environment}
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, timeout=600, check=False
-        )
+        done = processes.run_new_python("-c", code, *arguments, env=env)
         assert done.returncode == 0, done.stderr
         return done
 

@@ -15,6 +15,7 @@ import open_clip
 import pytest
 import torch
 from helpers import published_files, tiny
+from helpers.processes import run_new_python
 from helpers.shards_data import tar_members
 from open_clip_train.params import parse_args
 
@@ -219,8 +220,15 @@ def test_a_run_whose_last_checkpoint_is_half_written_is_trained_on(finished, rec
     assert trained[trained.index("--resume") + 1] == "latest"
 
 
+def run_step(module: str, *arguments: object) -> None:
+    """What `run` of the recipes does, in processes that start in a moment."""
+    done = run_new_python("-m", module, *arguments)
+    if done.returncode:
+        raise StepError(done.stdout + done.stderr)
+
+
 @pytest.mark.parametrize("start", ["frozen", "imagenet-lite"])
-def test_starts_for_a_laptop_run_from_files_to_test_recalls(start, tiny_bert: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_starts_for_a_laptop_run_from_files_to_test_recalls(start, recipe, tiny_bert, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """With towers of their kind, tiny and random: timm's with activations in its norms, Hugging Face's."""
     text = tiny.bert_text(tiny_bert) | {"hf_pooler_type": "mean_pooler", "hf_proj_type": "linear"}
     config = tiny.config("timm-RN", text=text, msa={})
@@ -232,10 +240,9 @@ def test_starts_for_a_laptop_run_from_files_to_test_recalls(start, tiny_bert: Pa
     data, out = published_files.write("ucm", tmp_path / "data"), tmp_path / "out"
     given = ["ucm", "--data", str(data), "--out", str(out), "--start", start, "--model", f"tiny-{start}"]
     given += ["--weights", str(weights), "--epochs", "2", "--batch-size", "8", "--device", "cpu", "--workers", "0"]
-    environment = {**os.environ, "MSA_OPENCLIP_CONFIGS": str(tmp_path / "configs"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(RECIPES / "run.py"), *given]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setenv("MSA_OPENCLIP_CONFIGS", str(tmp_path / "configs"))
+    monkeypatch.setattr(recipe, "run", run_step)
+    recipe.main(given)
     heads = out / "logs" / f"frozen-tiny-{start}-seed0" / "checkpoints"
     assert heads.exists() == (start == "imagenet-lite" or start == "frozen")
     assert (out / "features" / f"frozen-tiny-{start}").exists()

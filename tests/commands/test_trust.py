@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny
+from helpers.processes import run_new_python
 from PIL import Image
 
 from msa_openclip.commands import main as cli
@@ -140,9 +141,7 @@ def test_pipes_and_devices_are_written_to_and_not_replaced(tmp_path: Path) -> No
     assert (tmp_path / "pipe").is_fifo()
     command = "from msa_openclip.reports.report import write_json; write_json('{}', [1])"
     for name in ("/dev/stdout", "/proc/self/fd/1"):
-        with open(tmp_path / "out", "w") as file:
-            subprocess.run([sys.executable, "-c", command.format(name)], stdout=file, check=True, timeout=300)
-        assert (tmp_path / "out").read_text() == "[\n  1\n]\n"
+        assert run_new_python("-c", command.format(name)).stdout == "[\n  1\n]\n"
         assert Path("/dev/stdout").is_symlink()
 
 
@@ -213,8 +212,7 @@ def test_no_configuration_file_stops_or_blocks_an_import(tmp_path: Path) -> None
     code = "import open_clip; print([n for n in ('good', 'MSA-ViT-B', 'pipe', 'deep') if n in open_clip.list_models()])"
     for encoding in ({}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
         environment = {**os.environ, "MSA_OPENCLIP_CONFIGS": str(tmp_path), **encoding}
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        done = run_new_python("-c", code, env=environment)
         assert done.stdout == "['good', 'MSA-ViT-B']\n", done.stderr
         for name in ("pipe", "device", "folder", "loop", "deep", "large"):
             assert f"{name}.json is not registered as a model" in done.stderr

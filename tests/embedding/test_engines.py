@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers.markdown import python_blocks
+from helpers.processes import run_new_python
 from helpers.retrieval_data import randomise, scene
 
 from msa_openclip.data.readers import read_folder
@@ -56,8 +56,7 @@ def run_block(word: str, place: Path, configs: Path) -> str:
         "RAY_worker_niceness": "0",
         "RAY_ADDRESS": "local",  # not whichever cluster runs on this machine, with a folder of its own
     }
-    command = [sys.executable, "-c", block.replace("MSA-ViT-B=", "MSA-tiny-ViT=")]
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = run_new_python("-c", block.replace("MSA-ViT-B=", "MSA-tiny-ViT="), cwd=place, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

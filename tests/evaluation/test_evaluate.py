@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers.processes import spawn_ranks
 from helpers.retrieval_data import Oracle, Tokenizer, preprocess, randomise, write_captioned_scenes, write_shards
 
 from msa_openclip.data.pixels import load_image
@@ -184,7 +184,7 @@ def _one_of_several(rank: int, world_size: int, folder: str, results: str) -> No
 def test_ranks_share_the_work_and_agree(data: EvalSet, tmp_path: Path) -> None:
     world_size = 3  # and 2 batches of images, so that one rank has none of its own
     folder = Path(data.images[0].location.url).parents[1]
-    mp.spawn(_one_of_several, args=(world_size, str(folder), str(tmp_path)), nprocs=world_size)
+    spawn_ranks(_one_of_several, (world_size, str(folder), str(tmp_path)), ranks=world_size)
     alone = evaluate(Scorer(msa_model()), data, preprocess, Tokenizer(), EvalOptions(batch_size=6))
     expected = alone.summaries(merged=True) | {"plain": alone.summaries()}
     for rank in range(world_size):

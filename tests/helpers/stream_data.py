@@ -16,6 +16,7 @@ import fsspec
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+from open_clip_train.data import DataInfo
 from PIL import Image
 from torch import Tensor
 
@@ -161,3 +162,11 @@ def flaky_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     finally:
         FlakyFileSystem.failures = []
         MemoryFileSystem.store.clear()
+
+
+def stop_workers(data: DataInfo) -> None:
+    """End the worker processes of a loader; garbage collection may find their queues first and waits 5 s for each."""
+    for stage in data.dataloader.pipeline:
+        if getattr(stage, "_iterator", None) is not None:
+            stage._iterator._shutdown_workers()
+            stage._iterator = None

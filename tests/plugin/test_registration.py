@@ -13,7 +13,7 @@ from typing import Any
 
 import open_clip
 import pytest
-from helpers import tiny
+from helpers import processes, tiny
 from helpers.host import HAS_TASKS, MAKES_LOSS, loss_of
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -81,14 +81,7 @@ if __name__ == "__main__":
 def test_active_in_spawned_workers(tiny_configs: Path, tmp_path: Path) -> None:
     (tmp_path / "workers.py").write_text(WORKERS, encoding="utf-8")
     env = {**os.environ, "MSA_OPENCLIP_CONFIGS": str(tiny_configs)}
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "workers.py")],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = processes.run_new_python(tmp_path / "workers.py", env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "['MSACLIP', 'MSACLIP']\n"
 
@@ -112,10 +105,13 @@ assert len(paths) == len(set(paths)), paths
     run_python(code)
 
 
-def test_importing_torch_imports_two_small_modules_more(run_python: Run) -> None:
+def test_importing_torch_imports_two_small_modules_more() -> None:
     """Nothing of open_clip, no module of torch, and of ours the package and its autoload alone."""
     code = "import sys, torch; print('\\n'.join(sorted(sys.modules)))"
-    with_us, without = ({*run_python(code, **env).stdout.split()} for env in ({}, OFF))
+    with_us, without = (
+        {*subprocess.check_output([sys.executable, "-c", code], env={**os.environ, **off}, text=True).split()}
+        for off in ({}, OFF)
+    )
     ours = {name for name in with_us - without if name.startswith(("open_clip", "msa_openclip", "torch", "timm"))}
     assert ours == {"msa_openclip", "msa_openclip.autoload"}
     assert len(with_us - without) <= 30  # importlib.metadata, with which torch looks for entry points, and its own

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -384,31 +379,3 @@ def test_a_folder_of_images(model: LoadedModel, tmp_path: Path) -> None:
     build_index(model, read_folder(str(tmp_path)), str(tmp_path / "index"))
     (hits,) = Searcher(ImageIndex(str(tmp_path / "index"), model)).by_image([scene(0)], k=1)
     assert hits[0].image.image_id == "a/1.tif"
-
-
-def test_a_killed_process_leaves_an_index_that_goes_on(
-    checkpoint: str, pattern: str, tiny_configs: Path, tmp_path: Path, model: LoadedModel
-) -> None:
-    """SIGKILL in the middle of a real build, then the same command again."""
-    folder = tmp_path / "index"
-    command = [
-        sys.executable,
-        "-m",
-        "msa_openclip",
-        "index",
-        checkpoint,
-        str(folder),
-        "--shards",
-        pattern,
-    ]
-    command += ["--segment-images", "1", "--batch-size", "1"]
-    environment = {**os.environ, "MSA_OPENCLIP_CONFIGS": str(tiny_configs)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    limit = time.monotonic() + 120
-    while time.monotonic() < limit and process.poll() is None and len(list(folder.glob("*/features.npy"))) < 2:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    assert len(ImageIndex(str(folder), model)) == 11

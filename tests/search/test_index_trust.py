@@ -20,6 +20,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from helpers.processes import run_new_python
 from helpers.retrieval_data import randomise, scene, write_shards
 from PIL import Image
 
@@ -107,10 +108,13 @@ def test_two_equal_runs_at_once_lose_nothing(spec: str, tiny_configs: Path, tmp_
     sets = [pictures(tmp_path / name, *numbers) for name, numbers in (("a", range(5)), ("b", range(50, 57)))]
     environment = {**os.environ, "MSA_OPENCLIP_CONFIGS": str(tiny_configs)}
 
+    def command(images: str) -> list[str]:
+        words = ["-m", "msa_openclip", "index", spec, str(tmp_path / "index"), "--folder", images]
+        return [*words, "--segment-images", "1", "--batch-size", "1"]
+
     def start(images: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "msa_openclip", "index", spec, str(tmp_path / "index"), "--folder", images]
-        command += ["--segment-images", "1", "--batch-size", "1"]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([sys.executable, *command(images)], env=environment, **pipes)
 
     runs = [start(images) for images in (*sets, sets[1])]
     outputs = [run.communicate(timeout=300) for run in runs]
@@ -119,9 +123,8 @@ def test_two_equal_runs_at_once_lose_nothing(spec: str, tiny_configs: Path, tmp_
         assert "Traceback" not in complaint
     assert 0 in [run.returncode for run in runs]
     for images in sets:
-        run = start(images)
-        assert run.wait(300) == 0, run.communicate()
-        run.communicate()
+        again = run_new_python(*command(images), env=environment)
+        assert again.returncode == 0, again.stderr
     assert len(ImageIndex(str(tmp_path / "index"), load(spec))) == 12
 
 
@@ -557,7 +560,7 @@ def test_a_kill_leaves_files_that_verify(spec: str, tiny_configs: Path, tmp_path
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = run_new_python(*command[1:], env=environment)
     assert done.returncode == 0, done.stderr
     verified = verify_index(str(tmp_path / "x"))
     assert verified.problems == []

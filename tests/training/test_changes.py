@@ -10,14 +10,13 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import pytest
 from helpers.markdown import shell_lines
+from helpers.processes import run_new_python
 
 from msa_openclip.commands import main as cli
 from msa_openclip.shards.synthetic.changes import NOTHING
@@ -34,10 +33,8 @@ def command(line: str, *more: object) -> None:
     if words[0] == "msa-openclip":
         assert cli.main(words[1:]) in (0, None)
         return
-    environment = {**os.environ, "MSA_OPENCLIP_CONFIGS": "configs", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *words[1:]], env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
+    environment = {**os.environ, "MSA_OPENCLIP_CONFIGS": "configs"}
+    done = run_new_python(*words[1:], env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import stream_data
-from helpers.stream_data import Members, arguments, image_sample, tar_bytes
+from helpers.stream_data import Members, arguments, image_sample, stop_workers, tar_bytes
 
 from msa_openclip.model.labelled import LabelledTexts, class_number
 from msa_openclip.training.loader import get_wds_dataset
@@ -36,7 +36,10 @@ def batches(
     tokenizer = stream_data.caption_numbers
     data = get_wds_dataset(args, stream_data.image_number, is_train=True, tokenizer=tokenizer, classes=classes)
     data.set_epoch(0)
-    return list(data.dataloader)
+    try:
+        return list(data.dataloader)
+    finally:
+        stop_workers(data)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

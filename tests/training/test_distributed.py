@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
+from helpers.processes import spawn_ranks
 from helpers.traffic import counted, nbytes
 from packaging.version import parse as parse_version
 from torch import Tensor
@@ -108,7 +108,7 @@ def run_rank(rank: int, world_size: int, preset: str, folder: str) -> None:
 def test_ranks_agree_with_one_process(preset: str, world_size: int, tmp_path: Path) -> None:
     """In every mode and with micro-batches; `local_loss` alone drops gradients of global features, but of no scores."""
     expected_loss, expected = whole_batch(preset)
-    torch.multiprocessing.spawn(run_rank, (world_size, preset, str(tmp_path)), nprocs=world_size)
+    spawn_ranks(run_rank, (world_size, preset, str(tmp_path)), ranks=world_size)
     for mode, accum_freq in itertools.product(MODES, ACCUM_FREQS):
         ranks = [
             torch.load(tmp_path / f"{mode}-{accum_freq}-{rank}.pt", weights_only=True) for rank in range(world_size)
@@ -158,7 +158,7 @@ def whole(gradient: Tensor) -> Tensor:
 )
 def test_fully_sharded_models_agree_with_one_process(tmp_path: Path) -> None:
     _, expected = whole_batch("all terms")
-    torch.multiprocessing.spawn(sharded_rank, (2, str(tmp_path)), nprocs=2)
+    spawn_ranks(sharded_rank, (2, str(tmp_path)), ranks=2)
     torch.testing.assert_close(torch.load(tmp_path / "0.pt", weights_only=True), expected, rtol=1e-5, atol=1e-9)
 
 
@@ -179,7 +179,7 @@ def sending_rank(rank: int, world_size: int, folder: str) -> None:
 
 
 def test_texts_stay_on_their_rank(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(sending_rank, (2, str(tmp_path)), nprocs=2)
+    spawn_ranks(sending_rank, (2, str(tmp_path)), ranks=2)
     for rank in range(2):
         output, forwards, backwards = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         features = nbytes(output["image_features"], output["text_features"])
@@ -203,7 +203,7 @@ def ragged_rank(rank: int, world_size: int, folder: str) -> None:
 
 def test_ranks_compare_captions_of_different_lengths(tmp_path: Path) -> None:
     """Where each batch is as long as its longest text: what is behind a shorter one makes no caption another."""
-    torch.multiprocessing.spawn(ragged_rank, (2, str(tmp_path)), nprocs=2)
+    spawn_ranks(ragged_rank, (2, str(tmp_path)), ranks=2)
     for rank in range(2):
         ids, positive = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert ids.shape == (2, 3)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch
 import torch.distributed as dist
 from helpers import tiny
 from helpers.host import HAS_TASKS, LOCKS_PROJECTIONS
+from helpers.processes import run_new_python
 from packaging.version import parse as parse_version
 from safetensors.torch import load
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -106,16 +105,15 @@ def train(models: Path, tmp_path_factory: pytest.TempPathFactory):  # type: igno
 
     def run(name: str, data: Path, *arguments: str, ranks: int = 1, fails: bool = False):  # type: ignore[no-untyped-def]
         folder = tmp_path_factory.mktemp("run")
-        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", "--"]
         command = [
-            sys.executable, *(torchrun if ranks > 1 else []), str(HELPERS / "spy_on_losses.py"), str(folder / "losses"),
+            str(HELPERS / "spy_on_losses.py"), str(folder / "losses"),
             "--model", name, "--pretrained", str(models / f"{name}.pt"), *LOCKED, "--train-data", f"{data}/{PATTERN}",
             "--batch-size", "10", "--lr", "3e-3", "--warmup", "2", "--epochs", "2", "--logs", str(folder), "--name",
             "run", "--device", "cpu", "--precision", "fp32", "--workers", "0", "--aug-cfg", "scale=(1.0,1.0)",
             *arguments,
         ]  # fmt: skip
-        environment = {**os.environ, "MSA_OPENCLIP_CONFIGS": str(models / "configs"), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+        environment = {**os.environ, "MSA_OPENCLIP_CONFIGS": str(models / "configs")}
+        done = run_new_python(*command, env=environment, ranks=ranks)
         assert bool(done.returncode) == fails, done.stdout + done.stderr
         return done.stderr if fails else Trained(folder)
 

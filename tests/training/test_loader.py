@@ -8,6 +8,7 @@ import math
 import os
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import webdataset as wds
 from helpers import stream_data
 from helpers.host import images_and_texts, traits
 from helpers.hostile_tars import HOSTILE
-from helpers.stream_data import arguments, caption, image_bytes, image_sample, tar_bytes, write_shards
+from helpers.stream_data import arguments, caption, image_bytes, image_sample, stop_workers, tar_bytes, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip_train.data import DataInfo, SharedEpoch
@@ -29,6 +30,14 @@ from msa_openclip.training.samples import PATIENCE, Tally, decode, draw_caption,
 from msa_openclip.training.shares import LoaderWorker, ShardDataError, Share, part_of, shard_sizes
 
 pytestmark = pytest.mark.timeout(180)
+_opened: list[DataInfo] = []
+
+
+@pytest.fixture(autouse=True)
+def _stopped_workers() -> Iterator[None]:
+    yield
+    while _opened:
+        stop_workers(_opened.pop())
 
 
 def dataset(pattern: str, *, is_train: bool = True, **changes: Any) -> DataInfo:
@@ -37,7 +46,9 @@ def dataset(pattern: str, *, is_train: bool = True, **changes: Any) -> DataInfo:
     args = arguments(pattern, **changes)
     if not is_train:
         args.train_data = None  # validation alone: before a training, all of it is read once more for the metrics
-    return get(args, stream_data.image_number, is_train=is_train, tokenizer=stream_data.caption_numbers, **traits())
+    numbers = {"tokenizer": stream_data.caption_numbers, **traits()}
+    _opened.append(get(args, stream_data.image_number, is_train=is_train, **numbers))
+    return _opened[-1]
 
 
 def batches(data: DataInfo, epoch: int = 0) -> list[list[tuple[int, int]]]:

@@ -7,14 +7,13 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.markdown import python_blocks
+from helpers.processes import run_new_python
 
 from msa_openclip.config import Loss
 
@@ -67,15 +66,8 @@ def test_it_is_as_short_as_the_page_says() -> None:
 def test_its_loss_and_gradient_are_those_of_the_formula(package: Path) -> None:
     (row,) = re.findall(r'^METHODS\["focal"\] = (.*)$', PAGE, flags=re.MULTILINE)
     cosine = [[0.8, 0.1, 0.3], [0.2, 0.4, 0.6], [0.1, 0.5, 0.7]]
-    done = subprocess.run(
-        [sys.executable, "-c", IN_NEW_PROCESS, row, json.dumps(cosine)],
-        env={**os.environ, "PYTHONPATH": str(package)},
-        cwd=package,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    environment = {**os.environ, "PYTHONPATH": str(package)}
+    done = run_new_python("-c", IN_NEW_PROCESS, row, json.dumps(cosine), env=environment, cwd=package)
     assert done.returncode == 0, done.stderr
     value, gradient = json.loads(done.stdout)
     expected, weight = 0.0, []

@@ -6,8 +6,6 @@ import io
 import json
 import math
 import os
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +17,8 @@ import open_clip_train.train
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from helpers.host import HAS_TASKS, make_batch, trained
+from helpers.processes import run_new_python, spawn_ranks
 from helpers.retrieval_data import Oracle, Tokenizer, randomise, write_captioned_scenes, write_shards
 from helpers.trapped_models import local_dir
 
@@ -53,14 +51,13 @@ def train(tiny_configs: Path, tmp_path: Path, shards: dict[str, str]) -> Train:
         launch = ["open_clip_train.main"] if ranks == 1 else ["torch.distributed.run", "--standalone"]
         launch += [f"--nproc_per_node={ranks}", str(ON_CPU_RANKS)] if ranks > 1 else []
         command = [
-            *(sys.executable, "-m", *launch, "--model", model, "--val-data", shards[val]),
+            *("-m", *launch, "--model", model, "--val-data", shards[val]),
             *("--batch-size", "4", "--workers", "1", "--device", "cpu", "--name", "run"),
             *("--dataset-type", "webdataset", "--val-num-samples", "7", "--precision", "fp32", *flags),
         ]
         environment = {**os.environ, "MSA_OPENCLIP_CONFIGS": str(tiny_configs), **environment}
-        done: Any = subprocess.run(  # its log folder is ./logs; torchrun would take --logs for an option of its own
-            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
-        )
+        # Its log folder is ./logs; torchrun would take --logs for an option of its own.
+        done = run_new_python(*command, env=environment, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-4000:]
         lines = (tmp_path / "logs" / "run" / "checkpoints" / "results.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
@@ -257,7 +254,7 @@ def test_ranks_go_on_with_the_same_images_where_one_cannot_read_all(tmp_path: Pa
         lines = [f"images/{path.name}\tcaption {number}" for number, path in enumerate(images)]
         (source.parent / "val.csv").write_text("\n".join(["filepath\ttitle", *lines]))
     images[3].write_bytes(b"what rank 1 gets of an image that it tries")
-    torch.multiprocessing.spawn(reading_rank, (2, str(tmp_path)), nprocs=2)
+    spawn_ranks(reading_rank, (2, str(tmp_path)), ranks=2)
     kept = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert kept == [[f"caption {number}" for number in (0, 1, 2, 4)]] * 2
 
@@ -329,10 +326,10 @@ def test_bad_validation_data_is_refused_before_training(shards: dict[str, str], 
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    command = [sys.executable, "-m", "open_clip_train.main", "--model", "MSA-ViT-Ti", "--val-data", str(pattern)]
+    command = ["-m", "open_clip_train.main", "--model", "MSA-ViT-Ti", "--val-data", str(pattern)]
     command += [*training(shards), "--batch-size", "4", "--workers", "0", "--device", "cpu", "--name", "run"]
     command += ["--dataset-type", "webdataset", "--val-num-samples", "7", "--precision", "fp32"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    done = run_new_python(*command, cwd=tmp_path)
     assert done.returncode == 1
     assert "sample a: a.json: expected an object, got list." in done.stderr
     assert "Start epoch" not in done.stderr + done.stdout
@@ -348,7 +345,7 @@ def rank_without_memory(rank: int, world_size: int, folder: str) -> None:
 
 
 def test_weights_that_one_rank_cannot_gather_cost_no_checkpoint(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(rank_without_memory, (2, str(tmp_path)), nprocs=2)
+    spawn_ranks(rank_without_memory, (2, str(tmp_path)), ranks=2)
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["{}", "{}"]
 
 
@@ -366,6 +363,6 @@ def failing_rank(rank: int, world_size: int, folder: str) -> None:
 
 
 def test_ranks_fail_together(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(failing_rank, (2, str(tmp_path)), nprocs=2)
+    spawn_ranks(failing_rank, (2, str(tmp_path)), ranks=2)
     said = [(tmp_path / str(rank)).read_text() for rank in range(2)]
     assert said == ["PeerError: rank 1: ValueError: no such image", "ValueError: no such image"]
