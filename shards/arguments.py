@@ -59,6 +59,10 @@ def add_progress(group: argparse._ActionsContainer) -> None:
     group.add_argument("--quiet", action="store_false", dest="progress", help="no progress bars")
 
 
+MOST_WORKERS = 1_024
+"""Processes or threads at once: more than any machine has cores for."""
+
+
 def add_number(
     group: argparse._ActionsContainer, flag: str, help: str, *, default: int, least: int = 1, most: int | None = None
 ) -> None:

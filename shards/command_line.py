@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 
 from .arguments import (
+    MOST_WORKERS,
     Commands,
     add_choice,
     add_command,
@@ -88,7 +89,9 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
 
 def _add_workers(group: argparse._ActionsContainer) -> None:
     help_text = "parallel jobs (default: one for each CPU)"
-    group.add_argument("--workers", type=whole_number(1), default=os.cpu_count() or 1, metavar="N", help=help_text)
+    group.add_argument(
+        "--workers", type=whole_number(1, MOST_WORKERS), default=os.cpu_count() or 1, metavar="N", help=help_text
+    )
 
 
 def _build(parsed: argparse.Namespace) -> None:

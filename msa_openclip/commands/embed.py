@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..embedding.options import ENGINES, PARTITION_IMAGES
 from ..evaluation.options import ENCODER_PRECISIONS
-from ..shards.arguments import Commands, add_choice, add_command, add_number, add_progress
+from ..shards.arguments import MOST_WORKERS, Commands, add_choice, add_command, add_number, add_progress
 from .options import MODEL, add_device
 from .sources import add_sources, name_left_out, read_sources
 
@@ -41,10 +41,10 @@ def add(commands: Commands) -> None:
     text = "of the image tower; auto: bf16 where the processor computes in it; give it where machines differ"
     add_choice(group, "--precision", text, ENCODER_PRECISIONS)
     add_number(group, "--batch-size", "images that the tower takes at once", default=32)
-    add_number(group, "--readers", "threads of a worker that read and decode", default=1)
+    add_number(group, "--readers", "threads of a worker that read and decode", default=1, most=MOST_WORKERS)
     add_number(group, "--partition-images", "images in a file, the unit of resuming", default=PARTITION_IMAGES)
     add_choice(group, "--engine", "who does the work: this process, or workers of a Ray cluster", ENGINES)
-    add_number(group, "--workers", "of --engine ray, one core each", default=1)
+    add_number(group, "--workers", "of --engine ray, one core each", default=1, most=MOST_WORKERS)
     add_progress(group)
 
 

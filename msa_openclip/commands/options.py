@@ -8,7 +8,7 @@ import re
 from ..evaluation.options import MOST_BATCH, MOST_MEMORY_MB, PRECISIONS, EvalOptions
 from ..reports.run_selection import METRIC
 from ..search.options import KINDS
-from ..shards.arguments import add_choice, add_number, add_progress, whole_number
+from ..shards.arguments import MOST_WORKERS, add_choice, add_number, add_progress, whole_number
 from ..shards.options import KINDS as CAPTION_KINDS
 from ..shards.records import SPLITS
 
@@ -77,7 +77,7 @@ def add_batches(group: argparse._ActionsContainer) -> None:
     text = "images or captions encoded at once"
     add_number(group, "--batch-size", text, default=defaults.batch_size, most=MOST_BATCH)
     text = "processes that decode images, 0 for none beside this one"
-    add_number(group, "--workers", text, default=defaults.workers, least=0)
+    add_number(group, "--workers", text, default=defaults.workers, least=0, most=MOST_WORKERS)
 
 
 def add_nearest(parser: argparse.ArgumentParser) -> None:

@@ -17,13 +17,13 @@ from open_clip.factory import load_state_dict
 from torch import nn
 
 from ..data.checkpoint_files import is_whole
+from ..data.foreign_code import ForeignCodeError, no_foreign_code, refuse_code
 from ..data.pixels import Preprocess
 from ..data.small_files import FileProblem, require_regular
+from ..data.tokenizers import configuration, load_tokenizer
 from ..model.msaclip import DATE_PREFIXES, MSA_PREFIXES, MSACLIP
-from .foreign_code import ForeignCodeError, no_foreign_code, refuse_code
 from .run_parameters import model_options
 from .scorer import Scorer, Tokenizer
-from .tokenizers import configuration, load_tokenizer
 
 UNTRAINED = "untrained"
 """Given as the checkpoint, asks for random weights, to see what chance looks like."""

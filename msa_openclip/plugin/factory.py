@@ -33,7 +33,7 @@ def _msa_create_model(factory: ModuleType) -> Callable[..., Any]:
         config = model_config(model_name, kwargs.get("cache_dir")) or {}
         if config.get("msa_cfg") is None and "msa_cfg" not in kwargs:
             return original(model_name, *args, **kwargs)
-        from ..evaluation.foreign_code import is_trusted, no_foreign_code, refuse_code
+        from ..data.foreign_code import is_trusted, no_foreign_code, refuse_code
         from ..model.msaclip import MSACLIP
 
         trusted = is_trusted()
@@ -56,7 +56,7 @@ def _msa_get_tokenizer(original: Callable[..., Any]) -> Callable[..., Any]:
         config = model_config(model_name, kwargs.get("cache_dir")) if model_name else None
         if not config or config.get("msa_cfg") is None:
             return original(model_name, *args, **kwargs)
-        from ..evaluation.foreign_code import is_trusted, no_foreign_code, refuse_code, tokenizer_options
+        from ..data.foreign_code import is_trusted, no_foreign_code, refuse_code, tokenizer_options
 
         trusted = bool(kwargs.get("trust_remote_code", is_trusted()))
         if not trusted:

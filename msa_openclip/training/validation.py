@@ -20,12 +20,12 @@ from torch import nn
 from ..data.captioned import CaptionedImage, EvalDataError
 from ..data.pixels import load_image
 from ..data.readers import read_csv, read_shards
+from ..data.tokenizers import load_tokenizer
 from ..distributed import Peers, failing_together, unwrapped
 from ..evaluation.eval_set import EvalSet
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..evaluation.options import EvalOptions
 from ..evaluation.scorer import Scorer
-from ..evaluation.tokenizers import load_tokenizer
 from ..model.msaclip import MSACLIP
 from ..shards.output import printable
 

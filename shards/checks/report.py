@@ -284,7 +284,7 @@ def _token_counter(model: str) -> Callable[[list[str]], dict[str, Any]]:
     # Only where tokens are asked for: what is above the builder, and torch.  Nothing there imports this room.
     import open_clip
 
-    from ...evaluation.tokenizers import load_tokenizer
+    from ...data.tokenizers import load_tokenizer
 
     if ":" not in model and model not in open_clip.list_models():  # open_clip would take its default tokenizer instead
         close = ", ".join(get_close_matches(model, open_clip.list_models())) or "see open_clip.list_models()"

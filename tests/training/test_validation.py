@@ -23,11 +23,11 @@ from helpers.retrieval_data import Oracle, Tokenizer, randomise, write_captioned
 from helpers.trapped_models import local_dir
 
 from msa_openclip.data.captioned import EvalDataError
+from msa_openclip.data.foreign_code import ForeignCodeError
 from msa_openclip.data.readers import read_shards
 from msa_openclip.distributed import PeerError, Peers, failing_together
 from msa_openclip.evaluation.eval_set import EvalSet
 from msa_openclip.evaluation.evaluate import evaluate
-from msa_openclip.evaluation.foreign_code import ForeignCodeError
 from msa_openclip.evaluation.scorer import Scorer
 from msa_openclip.plugin.installed import installed
 from msa_openclip.training import validation as train_evaluation

@@ -11,8 +11,8 @@ from typing import Any
 
 import open_clip
 
-from ..data.small_files import LARGEST_CONFIG, FileProblem, read_json
 from .foreign_code import is_trusted, no_foreign_code, refuse_code, tokenizer_options
+from .small_files import LARGEST_CONFIG, FileProblem, read_json
 
 
 def load_tokenizer(
