@@ -11,6 +11,7 @@ from ..data.captioned import CaptionedImage
 from ..data.repeats import without_repeats
 from ..data.scenes import Skipped
 from ..distributed import Peers
+from ..shards.running.engines import start_ray
 from .embedder import Embedder, EmbedError
 from .options import ENGINES, PARTITION_IMAGES
 from .partitions import Partition, Written, partitions, write_vectors
@@ -91,8 +92,7 @@ def _on_ray(parts: Sequence[Partition], embedder: Embedder, folder: str, workers
         raise EmbedError("engine: ray is not installed; pip install 'msa_openclip[ray]'.") from error
     if not parts:
         return
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False)
+    start_ray(workers)
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = [{"part": pickle.dumps(part)} for part in parts]
     tasks: Any = ray.data.from_items(rows, override_num_blocks=len(rows))

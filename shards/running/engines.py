@@ -89,14 +89,22 @@ def _run_in_threads(
         pool.shutdown()
 
 
+def start_ray(workers: int) -> None:
+    """Connect to the cluster of RAY_ADDRESS, or start one on this machine that has a processor for each worker."""
+    import ray
+
+    if not ray.is_initialized():
+        # "local": not whichever cluster runs here already, which would refuse these settings.
+        own: dict[str, Any] = {"address": "local", "num_cpus": workers, "include_dashboard": False}
+        ray.init(log_to_driver=False, **({} if "RAY_ADDRESS" in os.environ else own))
+
+
 def _run_on_ray(work: Callable[[Job], Result], jobs: Iterator[Job], workers: int) -> Iterator[Result]:
     try:
         import ray
     except ImportError as error:
         raise ShardError("engine: ray is not installed; pip install ray, or use --engine process.") from error
-    if not ray.is_initialized():
-        own: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False}  # a cluster has settings of its own
-        ray.init(log_to_driver=False, **({} if "RAY_ADDRESS" in os.environ else own))
+    start_ray(workers)
     remote: Any = ray.remote(num_cpus=1)(work)
     pending: list[Any] = []
     try:

@@ -114,7 +114,8 @@ def test_on_ray_a_killed_worker_changes_nothing(
     psutil = pytest.importorskip("psutil", reason="psutil is not installed")
     command = ["--folder", tiles, "--partition-images", "1"]
     assert main(["embed", spec, str(tmp_path / "here"), *command]) == 0
-    environment = {**os.environ, "MSA_OPENCLIP_CONFIGS": str(tiny_configs), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    settings = {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_worker_niceness": "0"}  # else all other tests come first
+    environment = {**os.environ, "MSA_OPENCLIP_CONFIGS": str(tiny_configs), **settings}
     on_ray = [sys.executable, "-m", "msa_openclip", "embed", spec, str(tmp_path / "ray"), *command, "--engine", "ray"]
     process = subprocess.Popen(
         [*on_ray, "--workers", "2"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

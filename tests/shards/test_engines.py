@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from helpers.shards_data import karpathy, shard_bytes
@@ -60,6 +62,20 @@ def test_bad_engines_and_counts_are_refused() -> None:
         list(engines.run(abs, iter([1]), "auto", 0, in_memory=False))
 
 
+def test_a_cluster_that_is_not_named_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ray.init` would connect to any that runs on this machine, and refuse to be told its processors."""
+    started: list[dict[str, Any]] = []
+    ray = SimpleNamespace(is_initialized=lambda: False, init=lambda **settings: started.append(settings))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    engines.start_ray(3)
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    engines.start_ray(3)
+    own, named = started
+    assert (own["address"], own["num_cpus"]) == ("local", 3)
+    assert not named.keys() & {"address", "num_cpus"}
+
+
 def test_a_script_without_main_guard_can_build_in_parallel_and_runs_once(tmp_path: Path) -> None:
     source = karpathy(tmp_path / "in", {"train": 12})
     script = tmp_path / "script.py"
@@ -78,6 +94,8 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from msa_openclip.shards.building import writer as shard_writer
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what they run in the background ignore Ctrl-C

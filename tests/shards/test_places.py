@@ -67,8 +67,9 @@ def test_every_engine_writes_the_same_bytes(
 
 
 @pytest.mark.filterwarnings("ignore")  # ray's own
-def test_ray_writes_the_same_bytes(source: Path, reference: dict[str, bytes], tmp_path: Path) -> None:
+def test_ray_writes_the_same_bytes(source: Path, reference: dict[str, bytes], tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     ray = pytest.importorskip("ray", reason="ray (extra) is not installed")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     try:
         images = str(source.parent / "images")
         build(str(source), str(tmp_path / "out"), images=images, options=OPTIONS, engine="ray", workers=2)
