@@ -108,7 +108,8 @@ def extent(bounds: NDArray[np.float64]) -> Box | None:
     known = bounds[~np.isnan(bounds).any(axis=1)]
     if not len(known):
         return None
-    west, south, east, north = *known[:, :2].min(axis=0).tolist(), *known[:, 2:].max(axis=0).tolist()
+    west, south = known[:, :2].min(axis=0).tolist()
+    east, north = known[:, 2:].max(axis=0).tolist()
     return west, south, east, north
 
 
