@@ -58,7 +58,13 @@ def train(tmp_path: Path, tiny_configs: Path):  # type: ignore[no-untyped-def]
     """Run open_clip_train.main with some arguments; a failure of the process fails the test."""
 
     def run(
-        data: Path, *arguments: str, name: str = "run", ranks: int = 1, model: str = MODEL, torchrun: bool = False
+        data: Path,
+        *arguments: str,
+        name: str = "run",
+        ranks: int = 1,
+        model: str = MODEL,
+        torchrun: bool = False,
+        **env: str,
     ) -> Run:
         launcher = ["-m", "open_clip_train.main"] if ranks == 1 else [str(HELPERS / "on_cpu_ranks.py")]
         if torchrun:
@@ -70,7 +76,7 @@ def train(tmp_path: Path, tiny_configs: Path):  # type: ignore[no-untyped-def]
             "--lr", "3e-3", "--warmup", "2", "--epochs", "4", "--logs", str(tmp_path), "--name", name,
             "--log-every-n-steps", "1", "--seed", "0", "--device", "cpu", "--precision", "fp32", *arguments,
         ]  # fmt: skip
-        environment = {**os.environ, "MSA_OPENCLIP_CONFIGS": str(tiny_configs)}
+        environment = {**os.environ, "MSA_OPENCLIP_CONFIGS": str(tiny_configs), **env}
         done = run_new_python(*command, env=environment, ranks=1 if torchrun else ranks)
         assert done.returncode == 0, done.stdout + done.stderr
         return Run(tmp_path, name)
