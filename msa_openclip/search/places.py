@@ -17,6 +17,7 @@ from ..data.outlines import from_wkb, from_wkt
 Box = tuple[float, float, float, float]
 """West, south, east, north in degrees of WGS84."""
 EARTH: Box = (-180.0, -90.0, 180.0, 90.0)
+NOWHERE: Box = (np.nan, np.nan, np.nan, np.nan)
 _HILBERT_BITS = 16  # a cell is 600 m wide at the equator
 
 
@@ -209,11 +210,13 @@ def boxes(region: Any) -> NDArray[np.float64]:
     return found
 
 
-def touch(boxes: NDArray[np.float64], box: Box) -> bool:
-    """Whether one of some boxes (k, 4) has a point in common with a box."""
-    west, south, east, north = box
-    xmin, ymin, xmax, ymax = boxes.T
-    return bool(((xmin <= east) & (xmax >= west) & (ymin <= north) & (ymax >= south)).any())
+def touch(boxes: NDArray[np.float64], bounds: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which bounds (n, 4) have a point in common with one of some boxes (k, 4), (n,)."""
+    found = np.zeros(len(bounds), dtype=np.bool_)
+    xmin, ymin, xmax, ymax = bounds.T  # NaN, where nothing is known, compares as false
+    for west, south, east, north in boxes:
+        found |= (xmin <= east) & (xmax >= west) & (ymin <= north) & (ymax >= south)
+    return found
 
 
 def overlap(
@@ -228,11 +231,10 @@ def overlap(
     """
     module = shapely()
     found = np.zeros(len(bounds), dtype=np.bool_)
-    near = np.zeros(len(bounds), dtype=np.bool_)
+    near = touch(boxes(region), bounds)
+    xmin, ymin, xmax, ymax = bounds.T
     for part in module.get_parts(region):
         west, south, east, north = part.bounds
-        xmin, ymin, xmax, ymax = bounds.T  # NaN, where nothing is known, compares as false
-        near |= (xmin <= east) & (xmax >= west) & (ymin <= north) & (ymax >= south)
         if part.equals(module.box(west, south, east, north)):
             found |= (xmin >= west) & (xmax <= east) & (ymin >= south) & (ymax <= north)
     open_rows = np.flatnonzero(near & ~found).astype(np.int64)

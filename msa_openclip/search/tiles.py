@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..data.captioned import CaptionedImage
 from .checksums import CheckedFile
 from .files import damaged, open_parquet, read_columns
-from .places import EARTH, Box, touch
+from .places import EARTH, NOWHERE, Box, touch
 from .schema import bounds, columns_of_images, to_images
 
 _GROUPS_KEPT = 128  # of some 0.3 MB
@@ -179,7 +179,7 @@ class Tiles(Sequence[CaptionedImage]):
         No other segment is read.  Bounds are NaN where nothing is known, and each side of them lies together; they are
         decoded once and kept.
         """
-        near = [part.extent is not None and touch(boxes, part.extent) for part in self._parts]
+        near = touch(boxes, np.array([part.extent or NOWHERE for part in self._parts]).reshape(-1, 4)).tolist()
         starts = [end - part.images for part, end in zip(self._parts, self._ends, strict=True)]
         with self._decoding:
             if len(self._bounds) < len(self):
