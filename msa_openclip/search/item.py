@@ -12,11 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 
 from ..shards.storage import store
+from . import places
 from .files import TILES, Manifest, checked_files, open_parquet, or_damaged, read_columns
-from .schema import bounds, product_of
+from .schema import extent, product_of
 
 ITEM = "item.json"
 _PARQUET = "application/vnd.apache.parquet"
@@ -34,7 +36,7 @@ def item_text(root: Path, manifest: Manifest) -> str:
     Raises:
         ImageIndexError: a segment is damaged.
     """
-    boxes: list[list[float]] = []
+    boxes: list[places.Box] = []
     times: list[datetime] = []
     product = manifest.product(None, None)
     assets: dict[str, Any] = {}
@@ -46,10 +48,7 @@ def item_text(root: Path, manifest: Manifest) -> str:
             product = or_damaged(folder, partial(product_of, parquet.schema_arrow, TILES))
         span = or_damaged(folder, pc.min_max(table["datetime"]).as_py)
         times += [time for time in span.values() if time]
-        found = bounds(table)
-        found = found[found[:, 0] == found[:, 0]]
-        if len(found):
-            boxes.append([*found[:, :2].min(axis=0).tolist(), *found[:, 2:].max(axis=0).tolist()])
+        boxes.append(extent(table) or places.NOWHERE)
         for name in files:
             kind, role = (_PARQUET, "metadata") if name.endswith(".parquet") else (_ARRAY, "data")
             assets[f"{segment.name}/{name}"] = {"href": f"./{segment.name}/{name}", "type": kind, "roles": [role]}
@@ -68,11 +67,9 @@ def item_text(root: Path, manifest: Manifest) -> str:
         "links": [],
         "assets": assets,
     }
-    if boxes:
-        west, south, east, north = box = [
-            *(min(row[side] for row in boxes) for side in (0, 1)),
-            *(max(row[side] for row in boxes) for side in (2, 3)),
-        ]
+    box = places.extent(np.array(boxes).reshape(-1, 4))
+    if box:
+        west, south, east, north = box
         ring = [[west, south], [east, south], [east, north], [west, north], [west, south]]
         item |= {"bbox": box, "geometry": {"type": "Polygon", "coordinates": [ring]}}
     return json.dumps(item, indent=2) + "\n"

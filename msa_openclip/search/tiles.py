@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..data.captioned import CaptionedImage
 from .checksums import CheckedFile
 from .files import damaged, open_parquet, read_columns
-from .places import EARTH, NOWHERE, Box, touch
+from .places import NOWHERE, Box, touch
 from .schema import bounds, columns_of_images, to_images
 
 _GROUPS_KEPT = 128  # of some 0.3 MB
@@ -143,7 +143,7 @@ class Tiles(Sequence[CaptionedImage]):
         self._decoding = threading.Lock()  # the map's server asks from several threads
         self._group = functools.lru_cache(_GROUPS_KEPT)(lambda part, group: self._parts[part].group(group))
 
-    def append(self, segment: Path, checked: CheckedFile, images: int, extent: Box | None = EARTH) -> None:
+    def append(self, segment: Path, checked: CheckedFile, images: int, extent: Box | None) -> None:
         """Add the images of a segment, all within a box; None if no place is known.  Nothing is read yet."""
         self._schema = None
         self._parts.append(_Part(segment, checked, images, extent))

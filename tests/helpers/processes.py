@@ -82,7 +82,10 @@ def run_new_python(
         }
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
-        code = json.loads(server.stdout.readline() or '"the server has ended"')
+        answer = server.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{__file__}: the process that forks has ended; its complaint is above.")
+        code = json.loads(answer)
         output, errors = ((Path(folder) / name).read_text(encoding="utf-8") for name in ("1", "2"))
     if code is None:
         raise subprocess.TimeoutExpired(command, timeout, output, errors)

@@ -15,7 +15,7 @@ from helpers.retrieval_data import square
 
 from msa_openclip.data.captioned import CaptionedImage
 from msa_openclip.search.exchange import export_index, import_partitions
-from msa_openclip.search.files import TILES, ImageIndexError, checked_files, read_manifest
+from msa_openclip.search.files import TILES, ImageIndexError, checked_files, read_manifest, segment_extent
 from msa_openclip.search.filters import SearchFilter
 from msa_openclip.search.schema import COLUMNS, Product, parquet, to_table, with_vectors
 from msa_openclip.search.tiles import Tiles
@@ -221,5 +221,6 @@ def test_places_are_found_by_outlines_or_bounds(
 def opened(index: Path) -> Tiles:
     tiles = Tiles()
     for segment in read_manifest(index).segments:
-        tiles.append(index / segment.name, checked_files(index, segment)[TILES], segment.images)
+        checked, extent = checked_files(index, segment)[TILES], segment_extent(index, segment)
+        tiles.append(index / segment.name, checked, segment.images, extent)
     return tiles

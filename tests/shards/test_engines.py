@@ -94,8 +94,6 @@ import os
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 from msa_openclip.shards.building import writer as shard_writer
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what they run in the background ignore Ctrl-C
